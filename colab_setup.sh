@@ -1,0 +1,187 @@
+#!/usr/bin/env bash
+# Installs naruto_lora and runs it: `usage` says how. For bash 3.2 (macOS) and newer.
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+cd "$root"
+torch_cpu=https://download.pytorch.org/whl/cpu # Linux wheels without the gigabytes of CUDA
+
+usage() {
+    cat <<'TEXT'
+bash colab_setup.sh run [OPTIONS]   install, then execute the five notebooks on the embedded default
+bash colab_setup.sh test [OPTIONS]  install, then run the tests (options go to pytest)
+bash colab_setup.sh                 prepare a Colab machine (elsewhere: show this)
+The first two use the active virtual environment, or else make .venv beside this script.
+TEXT
+}
+
+fail() {
+    echo "colab_setup.sh: $*" >&2
+    exit 1
+}
+
+on_colab() { [ -n "${COLAB_RELEASE_TAG:-}" ]; }
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+too_old() {
+    local found
+    found=$("$1" --version 2>/dev/null) || found="not there"
+    fail "Python 3.11 or newer is needed, but $1 is $found: install a newer one" \
+        "(python.org or your system's packages), or activate an environment that has one."
+}
+
+find_python() { # each is tried: a name on the PATH may be a shim that doesn't start
+    local name
+    for name in python3 python3.13 python3.12 python3.11; do
+        if new_enough "$name"; then
+            command -v "$name"
+            return
+        fi
+    done
+    too_old python3
+}
+
+need_disk() { # FOLDER GIGABYTES
+    local free
+    free=$(df -Pk "$1" | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*% .*/\1/p')
+    [ "${free:-999999999}" -ge $(($2 * 1000000)) ] ||
+        fail "about $2 GB of free disk are needed in $1, but there are $((free / 1000)) MB:" \
+            "make room, or activate a virtual environment on a larger disk."
+}
+
+choose_environment() { # sets python, and where: the folder that is installed into
+    if [ -n "${VIRTUAL_ENV:-}" ]; then
+        where=$VIRTUAL_ENV
+        python=$where/bin/python
+        [ -x "$python" ] || fail "VIRTUAL_ENV names $where, which has no bin/python: run 'unset VIRTUAL_ENV'."
+        new_enough "$python" || too_old "$python"
+    elif on_colab; then
+        python=$(find_python)
+        where=$("$python" -c 'import sys; print(sys.prefix)')
+    else
+        where=$root/.venv
+        python=$where/bin/python
+        new_enough "$python" || make_environment
+        export VIRTUAL_ENV=$where
+    fi
+    log=$where/naruto_lora.log
+}
+
+make_environment() {
+    local base
+    base=$(find_python)
+    need_disk "$root" 4
+    echo "Making a virtual environment: $where"
+    "$base" -m venv --clear "$where" >/dev/null 2>&1 ||
+        fail "$base can't make a virtual environment in $where: see that the folder can be written to and" \
+            "that Python's venv module is whole (Debian and Ubuntu: apt install python3-venv)."
+}
+
+pip() { "$python" -m pip "$@" >"$log" 2>&1 </dev/null; }
+
+explain() { # why pip failed, in a sentence
+    local address network='NewConnectionError|Failed to establish|[Nn]ame ?[Rr]esolution|ConnectTimeout'
+    network="$network|ReadTimeout|timed out|ProxyError|SSLError|Connection refused|Network is unreachable"
+    if grep -q 'No space left on device' "$log"; then
+        fail "the disk of $where, or of pip's temporary folder, is full: make room and run this again."
+    elif grep -Eq "$network" "$log"; then
+        address=$(COLUMNS=300 "$python" -m pip install --help 2>/dev/null |
+            sed -n 's/.*(default \(http[^)]*\)).*/\1/p') || true
+        fail "the package registry ${address:-of pip} can't be reached: check the connection" \
+            "(or set HTTPS_PROXY or PIP_INDEX_URL) and run this again (log: $log)."
+    fi
+    tail -n 15 "$log" >&2
+    fail "pip failed with the lines above (all of them: $log)."
+}
+
+install() { # run | test. A stamp in the environment says that it's done; test's serves run too
+    local key stamp=$where/naruto_lora.stamp
+    key="$(cat requirements.txt pyproject.toml | cksum) $root"
+    if grep -Fqxs -e "$key test" -e "$key $1" "$stamp"; then return; fi
+    need_disk "$where" 4
+    : 2>/dev/null >"$log" || fail "$where can't be written to: activate a virtual environment of your own."
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >"$log" 2>&1 ||
+        fail "$python has no pip and can't get it (Debian and Ubuntu: apt install python3-venv)."
+    echo "Installing into $where (some minutes; log: $log)"
+    install_torch
+    if [ "$1" = test ]; then set -- test --editable '.[test]'; else set -- run --editable .; fi
+    if on_colab; then # nothing that the image has may change under the running kernel
+        "$python" -m pip list --format=freeze 2>/dev/null >"$where/naruto_lora.txt"
+        set -- "$@" --constraint "$where/naruto_lora.txt"
+    fi
+    pip install --no-input "${@:2}" || explain
+    echo "$key $1" >"$stamp"
+}
+
+install_torch() { # on Linux without an NVIDIA GPU the CPU build, if there's no torch yet
+    if [ "$(uname -s)" != Linux ] || pip show torch; then return; fi
+    if ! nvidia-smi -L >/dev/null 2>&1; then
+        # named twice: a second index of the user's own settings would bring the large build back
+        if PIP_EXTRA_INDEX_URL=$torch_cpu pip install --no-input --no-deps --retries 0 --timeout 8 \
+            --index-url "$torch_cpu" "$(grep '^torch>' requirements.txt)"; then return; fi
+    fi
+    need_disk "$where" 10
+}
+
+colab_plan() { # a line for each thing to do: install REQUIREMENT | uninstall NAME VERSION | self
+    cd / # or the import below would find the folder that we stand in
+    python3 - "$root" <<'PY'
+import importlib.util, re, sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+def have(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+root = Path(sys.argv[1]).resolve()
+leave = {"torch", "ipywidgets", "matplotlib", "papermill", "nbval"}  # Colab's own, or of no use there
+for line in (root / "requirements.txt").read_text().splitlines():
+    name = re.match(r"[\w-]*", line)[0]
+    if name and name not in leave and not have(name):
+        print("install", line)
+torchao = have("torchao")
+if torchao and [int(n) for n in re.findall(r"\d+", torchao)[:2]] < [0, 16]:
+    print("uninstall torchao", torchao)
+spec = importlib.util.find_spec("naruto_lora")
+if not (spec and spec.origin and Path(spec.origin).resolve().parent == root / "naruto_lora"):
+    print("self")
+PY
+}
+
+prepare_colab() { # --no-deps throughout: what the running kernel has loaded must stay as it is
+    local plan word what
+    python=python3 where=${TMPDIR:-/tmp} log=${TMPDIR:-/tmp}/naruto_lora.log
+    plan=$(colab_plan)
+    while read -r word what; do
+        case $word in
+            install)
+                pip install --no-input --no-deps "$what" || explain
+                echo "Installed $what" ;;
+            uninstall)
+                pip uninstall --yes "${what% *}" || explain
+                echo "Removed torchao ${what#* } (peft takes none below 0.16)" ;;
+            self)
+                pip install --no-input --no-deps --editable . || explain
+                echo "Installed naruto_lora from $root" ;;
+        esac
+    done <<<"$plan"
+    echo "This Colab machine is ready."
+}
+
+command=${1:-}
+case $command in
+    run | test)
+        shift
+        if on_colab && [ -z "${VIRTUAL_ENV:-}" ]; then prepare_colab; fi
+        choose_environment
+        install "$command"
+        if [ -n "${VIRTUAL_ENV:-}" ]; then export PATH="$VIRTUAL_ENV/bin:$PATH"; fi
+        if [ "$command" = run ]; then exec "$python" -m naruto_lora.tiny.run "$@"; fi
+        exec "$python" -m pytest "$@" ;;
+    '') if on_colab; then prepare_colab; else usage; fi ;;
+    *) usage >&2 && fail "there is no command '$command'." ;;
+esac
