@@ -1,0 +1,204 @@
+"""Captioned pictures from a folder or the hub: loaded, checked, split, cropped. They stay compressed until used."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+
+
+@dataclass(frozen=True)
+class Example:
+    """One captioned picture: `source` is a file's path or the compressed bytes."""
+
+    name: str
+    caption: str
+    source: Path | bytes
+
+    def read(self) -> bytes:
+        """The compressed picture. Raises FileNotFoundError if its file has gone."""
+        try:
+            return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"the picture '{self.source}' has gone since the data set was read") from None
+
+    def image(self) -> Image.Image:
+        """The picture upright, in RGB, transparency on white. Raises ValueError if it can't be read."""
+        content = self.read()
+        try:
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+        except UNREADABLE as error:
+            raise ValueError(_unreadable(self.name, error)) from None
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    return f"the picture '{name}' can't be read ({error}); replace or remove it"
+
+
+def load(dataset: str | Path) -> list[Example]:
+    """Captioned pictures of a folder (metadata.jsonl, or a .txt beside each picture, or parquet) or a hub id.
+
+    Each picture is opened and each caption looked at, so that bad ones are named at once.
+    Raises FileNotFoundError for a missing folder or hub data set, ValueError for anything wrong inside.
+    """
+    folder = Path(dataset).expanduser()
+    if not str(dataset).strip():
+        raise FileNotFoundError("no data set is named; give a folder or a hub id")
+    if folder.is_dir():
+        examples = _from_folder(folder)
+    elif _like_hub_id(dataset):
+        examples = _from_hub(str(dataset))
+    else:
+        raise FileNotFoundError(f"the data set folder '{dataset}' does not exist; check the path, or give a hub id")
+    if not examples:
+        raise ValueError(
+            f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES)} files, each with a caption"
+        )
+    for example in examples:
+        _check(example)
+    return examples
+
+
+def _like_hub_id(dataset) -> bool:
+    return isinstance(dataset, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) is not None
+
+
+def _check(example: Example) -> None:
+    if not isinstance(example.caption, str):
+        raise ValueError(f"the caption of '{example.name}' is not text but {example.caption!r:.40}; write one")
+    if not example.caption.strip():
+        raise ValueError(f"the caption of '{example.name}' is empty; write what the picture shows, or remove it")
+    content = example.read()
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.draft("RGB", (64, 64))  # JPEGs decode at a fraction of the cost, yet to their last byte
+            image.load()
+    except UNREADABLE as error:
+        raise ValueError(_unreadable(example.name, error)) from None
+
+
+def _from_folder(folder: Path) -> list[Example]:
+    if list(folder.rglob("*.parquet")):
+        return _from_hub(str(folder))
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and _visible(p, folder))
+    captions = _metadata(folder / "metadata.jsonl") if (folder / "metadata.jsonl").is_file() else None
+    examples = []
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        caption = captions.get(name) if captions is not None else _beside(file)
+        if caption is None:
+            where = "in metadata.jsonl" if captions is not None else f"in '{file.with_suffix('.txt').name}' beside it"
+            raise ValueError(f"the picture '{name}' in '{folder}' has no caption; add one {where}")
+        examples.append(Example(name, caption, file))
+    for name in sorted(set(captions or ()) - {e.name for e in examples}):
+        raise ValueError(f"metadata.jsonl in '{folder}' names '{name}', which is not there; add it or drop the line")
+    return examples
+
+
+def _visible(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _beside(file: Path) -> str | None:
+    text = file.with_suffix(".txt")
+    return _text(text).strip() if text.is_file() else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"the file '{file}' is not in UTF-8; save it again in that encoding") from None
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    captions = {}
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            captions[row["file_name"]] = "" if row["text"] is None else row["text"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"line {number} of '{file}' must be one JSON object with 'file_name' and 'text'"
+            ) from None
+    return captions
+
+
+def _from_hub(dataset: str) -> list[Example]:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(dataset, split="train")
+    except Exception as error:  # the hub's client raises many kinds; a user needs one sentence
+        reason = textwrap.shorten(str(error), 80, placeholder=" ...")
+        raise FileNotFoundError(
+            f"'{dataset}' is neither a folder here nor a data set that can be fetched from the hub "
+            f"({type(error).__name__}: {reason}); check the name and the network"
+        ) from None
+    if not {"image", "text"} <= set(table.column_names):
+        raise ValueError(f"the data set '{dataset}' needs columns 'image' and 'text'; it has {table.column_names}")
+    table = table.cast_column("image", datasets.Image(decode=False))
+    return [_from_row(number, row) for number, row in enumerate(table)]
+
+
+def _from_row(number: int, row: dict) -> Example:
+    image = row["image"] or {}
+    name = Path(image.get("path") or f"{number:05d}").name
+    source = image.get("bytes") or (Path(image["path"]) if image.get("path") else b"")
+    return Example(name, "" if row["text"] is None else row["text"], source)
+
+
+def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:
+    """(training, hold-out) by each picture's own bytes, so that added pictures never move one across.
+
+    About `holdout` of the pictures are held out, and at least two (an interval needs them) unless it is 0.
+    Raises ValueError if nothing is left to train on.
+    """
+    if holdout == 0:
+        return list(examples), []
+    places = [int(hashlib.sha256(e.read()).hexdigest()[:8], 16) / 16**8 for e in examples]
+    least = max(holdout, sorted(places)[:2][-1] + 16**-9)
+    held = [e for e, place in zip(examples, places, strict=True) if place < least]
+    train = [e for e, place in zip(examples, places, strict=True) if place >= least]
+    if not train:
+        raise ValueError(f"with holdout {holdout:g} none of {len(examples)} pictures is left to train on; add pictures")
+    return train, held
+
+
+def crop(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, ...]]:
+    """The shorter side to `resolution` px, then a square centre crop.
+
+    Returns the picture and SDXL's six size conditions: original height and width, crop top and left (px after
+    the resize), target height and width. Source: SDXL report, arXiv 2307.01952, section 2.2.
+    """
+    width, height = image.size
+    scale = resolution / min(width, height)
+    wide, high = max(resolution, round(width * scale)), max(resolution, round(height * scale))
+    left, top = (wide - resolution) // 2, (high - resolution) // 2
+    image = image.resize((wide, high), Image.LANCZOS, reducing_gap=3.0)
+    image = image.crop((left, top, left + resolution, top + resolution))
+    return image, (height, width, top, left, resolution, resolution)
+
+
+def pixels(images: list[Image.Image]):
+    """RGB pictures of one size as a float32 tensor (B, 3, H, W) in [-1, 1]."""
+    import torch
+
+    stack = np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in images])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1

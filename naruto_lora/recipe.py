@@ -1,0 +1,187 @@
+"""What a run is made of: a frozen `Recipe`, its learning rate by step, and the named recipes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+SCHEDULES = ("constant", "cosine")
+PRECISIONS = ("fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stretch of training: up to step `until` (counted from the run's start) at `lr`.
+
+    `cosine` falls from `lr` at the leg's first step towards 0 at its end, over this leg alone.
+    """
+
+    until: int  # updates
+    lr: float
+    schedule: str = "constant"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a run learns. One update sees `batch * accumulation` pictures."""
+
+    name: str
+    legs: tuple[Leg, ...]
+    resolution: int = 1024  # px, square
+    batch: int = 1  # pictures a micro-batch
+    accumulation: int = 8  # micro-batches an update
+    rank: int = 16
+    alpha: float = 16.0  # the LoRA is scaled by alpha / rank
+    caption_dropout: float = 0.1  # share of captions replaced by zeros, as the pipeline's empty negative prompt
+    holdout: float = 0.03  # share of the pictures kept out of training, to measure on
+    precision: str = "fp16"  # fp16 needs a CUDA GPU; fp32 runs anywhere
+    seed: int = 0
+    save_every: int = 30  # updates
+    base: str = "stabilityai/stable-diffusion-xl-base-1.0"  # hub id or folder
+    vae: str = "madebyollin/sdxl-vae-fp16-fix"  # hub id or folder; "" takes the base's own
+    dataset: str = "lambdalabs/naruto-blip-captions"  # hub id or folder
+
+    def __post_init__(self):
+        if not isinstance(self.legs, (list, tuple)) or not all(isinstance(leg, (Leg, dict)) for leg in self.legs):
+            raise ValueError(f"recipe '{self.name}': legs must be a list, as [{{'until': 300, 'lr': 1e-4}}]")
+        legs = tuple(leg if isinstance(leg, Leg) else _make(Leg, leg, "leg") for leg in self.legs)
+        object.__setattr__(self, "legs", legs)
+        for name in ("base", "vae", "dataset"):
+            value = getattr(self, name)
+            if isinstance(value, (str, Path)):
+                object.__setattr__(self, name, os.path.expanduser(value))
+        _check(self)
+
+    @property
+    def steps(self) -> int:
+        """Updates in all."""
+        return self.legs[-1].until
+
+    @property
+    def pictures_per_step(self) -> int:
+        return self.batch * self.accumulation
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of the update that follows `step` finished ones (0 <= step < steps)."""
+        start = 0
+        for leg in self.legs:
+            if step < leg.until:
+                done = (step - start) / (leg.until - start)
+                return leg.lr * (0.5 * (1 + math.cos(math.pi * done)) if leg.schedule == "cosine" else 1.0)
+            start = leg.until
+        raise ValueError(f"step {step} lies past the last leg of recipe '{self.name}', which ends at {self.steps}")
+
+    def replace(self, **changes) -> Recipe:
+        """A copy with other values; raises ValueError for an unknown field, suggesting the nearest name."""
+        _known(Recipe, changes, "recipe")
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def describe(self, pictures: int | None = None) -> str:
+        """What to expect, in one line; `pictures` is the size of the training set, for the epochs."""
+        seen, epochs = self.steps * self.pictures_per_step, ""
+        if pictures:
+            rounds = self.steps / math.ceil(pictures / self.pictures_per_step)  # each picture once a round
+            seen, epochs = round(rounds * pictures), f", {rounds:.1f} epochs of {pictures:,}"
+        rates = ", then ".join(f"{leg.lr:g} {leg.schedule} to {leg.until}" for leg in self.legs)
+        return (
+            f"{self.name}: rank {self.rank} at {self.resolution} px, {self.batch} x {self.accumulation} pictures "
+            f"a step, {self.steps} steps = {seen:,} pictures{epochs}; learning rate {rates}"
+        )
+
+
+def load(source: str | Path | Recipe, **changes) -> Recipe:
+    """A recipe by name, from a .json or .toml file, or as it is; `changes` replace fields.
+
+    Raises ValueError for an unknown name, field or value, FileNotFoundError for a missing file.
+    """
+    if isinstance(source, Recipe):
+        return source.replace(**changes)
+    path = Path(source)
+    if path.suffix not in (".json", ".toml"):
+        if source not in RECIPES:
+            names = ", ".join(RECIPES)
+            raise ValueError(f"no recipe is called '{source}'; take one of {names}, or a .json or .toml file")
+        return RECIPES[source].replace(**changes)
+    if not path.is_file():
+        raise FileNotFoundError(f"the recipe file '{path}' does not exist; check it, or take {', '.join(RECIPES)}")
+    return _make(Recipe, _parse(path) | changes, "recipe")
+
+
+def _parse(path: Path) -> dict:
+    import tomllib
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the recipe file '{path}' can't be read ({error}); mend it at that place") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"the recipe file '{path}' must hold one object with fields such as 'name' and 'legs'")
+    return values
+
+
+def _make(kind: type, values: dict, what: str):
+    _known(kind, values, what)
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"the {what} is incomplete: {str(error).split('__init__() ')[-1]}") from None
+
+
+def _known(kind: type, values: dict, what: str) -> None:
+    names = [f.name for f in fields(kind)]
+    for key in values:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"the fields are {', '.join(names)}"
+            raise ValueError(f"unknown {what} field '{key}': {hint}")
+
+
+def _check(recipe: Recipe) -> None:
+    def need(ok: bool, sentence: str) -> None:
+        if not ok:
+            raise ValueError(f"recipe '{recipe.name}': {sentence}")
+
+    whole = ("resolution", "batch", "accumulation", "rank", "save_every")
+    for name in whole:
+        value = getattr(recipe, name)
+        need(isinstance(value, int) and value > 0, f"{name} must be a whole number above 0, not {value!r}")
+    need(isinstance(recipe.seed, int) and recipe.seed >= 0, f"seed must be a whole number from 0, not {recipe.seed!r}")
+    for name in ("alpha", "caption_dropout", "holdout"):
+        value = getattr(recipe, name)
+        need(isinstance(value, (int, float)), f"{name} must be a number, not {value!r}")
+    need(recipe.resolution % 8 == 0, f"resolution {recipe.resolution} is not divisible by 8: take "
+         f"{max(8, recipe.resolution // 8 * 8)} or {recipe.resolution // 8 * 8 + 8}")
+    for name in ("name", "base", "dataset"):
+        value = getattr(recipe, name)
+        need(isinstance(value, str) and value.strip() != "", f"{name} must be some text, not {value!r}")
+    need(isinstance(recipe.vae, str), f"vae must be a hub id, a folder or '', not {recipe.vae!r}")
+    need(0 < recipe.alpha < math.inf, f"alpha must be above 0, not {recipe.alpha}")
+    need(0 <= recipe.caption_dropout < 1, f"caption_dropout is a share from 0 to below 1, not {recipe.caption_dropout}")
+    need(0 <= recipe.holdout < 1, f"holdout is a share from 0 to below 1, not {recipe.holdout}")
+    need(recipe.precision in PRECISIONS, f"precision must be fp16 or fp32, not '{recipe.precision}'")
+    need(len(recipe.legs) > 0, "it has no legs: give at least one, such as {'until': 300, 'lr': 1e-4}")
+    last = 0
+    for leg in recipe.legs:
+        need(isinstance(leg.until, int), f"a leg's until must be a whole number, not {leg.until!r}")
+        need(isinstance(leg.lr, (int, float)), f"a leg's lr must be a number, not {leg.lr!r}")
+        need(leg.until > last, f"leg until {leg.until} must end after step {last}: legs are in order")
+        need(0 < leg.lr < math.inf, f"the learning rate of the leg until {leg.until} must be above 0, not {leg.lr}")
+        need(leg.schedule in SCHEDULES, f"schedule '{leg.schedule}' is unknown: take {' or '.join(SCHEDULES)}")
+        last = leg.until
+
+
+RECIPES = {
+    # The last leg of the original is known only as the 'final run': we read it as one more cosine from 3e-5.
+    "naruto-1024": Recipe(
+        "naruto-1024", (Leg(300, 1e-4), Leg(600, 3e-5, "cosine"), Leg(765, 3e-5, "cosine")), resolution=1024
+    ),
+    "naruto-256": Recipe("naruto-256", (Leg(200, 1e-4),), resolution=256, batch=12),
+}

@@ -1,0 +1,75 @@
+"""Shared fixtures: the embedded base, a small data set, a recipe of a few steps, and what it trained."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before the hub's client is imported: no test waits for a network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU everywhere, so that bit-equality means the same on every machine
+
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+
+from naruto_lora import cache, data, pipeline, recipe, tiny, train  # noqa: E402
+from naruto_lora.tiny import world  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def base() -> str:
+    return str(tiny.BASE)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of 24 captioned pictures of 64 px."""
+    return world.write_dataset(tmp_path_factory.mktemp("pictures"), count=24, size=64)
+
+
+@pytest.fixture(scope="session")
+def plan(base, pictures) -> recipe.Recipe:
+    """Six steps of 2 x 3 pictures at 32 px, alpha other than rank, a rate at which they show."""
+    return recipe.Recipe(
+        "few", (recipe.Leg(4, 2e-2), recipe.Leg(6, 1e-2, "cosine")), resolution=32, batch=3, accumulation=2, rank=4,
+        alpha=10, caption_dropout=0.25, holdout=0.15, precision="fp32", save_every=2, base=base, vae="",
+        dataset=str(pictures),
+    )
+
+
+@pytest.fixture(scope="session")
+def examples(plan):
+    """(training, hold-out) of `pictures`."""
+    return data.split(data.load(plan.dataset), plan.holdout)
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def encoded(plan, examples, cache_folder) -> cache.Cache:
+    """The training pictures at 32 px, encoded."""
+    return cache.encode(examples[0], plan, cache_folder)
+
+
+@dataclass
+class Trained:
+    folder: Path
+    record: dict
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="session")
+def trained(plan, cache_folder, tmp_path_factory) -> Trained:
+    """`plan`, trained to its end without a stop."""
+    folder = tmp_path_factory.mktemp("runs") / plan.name
+    return Trained(folder, train.train(plan, folder, cache_folder))
+
+
+@pytest.fixture(scope="session")
+def pipe(base, trained):
+    """The base with the adapter 'style', which every test must find and leave on the Euler sampler."""
+    return pipeline.load(base, adapters={"style": trained.folder})

@@ -1,0 +1,153 @@
+"""Captioned pictures: folders, parquet, orientation and colour, the split, the crop."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from naruto_lora import data
+from naruto_lora.data import Example
+
+
+def packed(image, kind="PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def halves(mode="RGB", left="red", right="blue", size=(40, 20)):
+    """A picture whose left and right halves differ, to tell how it was turned."""
+    image = Image.new(mode, size, left)
+    image.paste(Image.new(mode, (size[0] // 2, size[1]), right), (size[0] // 2, 0))
+    return image
+
+
+def corner(image, x=0.1, y=0.1):
+    return image.getpixel((int(x * image.width), int(y * image.height)))
+
+
+def test_a_folder_with_metadata_and_one_with_text_files_load_the_same(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        (folder / "deep").mkdir(parents=True)
+        halves().save(folder / "deep" / "b.png")
+        halves(left="green").save(folder / "a.JPG")
+    rows = [{"file_name": "deep/b.png", "text": "two"}, {"file_name": "a.JPG", "text": "one"}]
+    (one / "metadata.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    (two / "deep" / "b.txt").write_text("two\n")
+    (two / "a.txt").write_text("one")
+    found = [[(e.name, e.caption) for e in data.load(folder)] for folder in (one, two)]
+    assert found[0] == found[1] == [("a.JPG", "one"), ("deep/b.png", "two")]
+
+
+def test_a_folder_of_parquet_loads_as_the_hub_would_give_it(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    images = [halves(), halves(left="green")]
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": packed(image), "path": None} for image in images], "text": ["one", "two"]},
+        features=datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")}),
+    )
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    examples = data.load(tmp_path / "set")
+    assert [e.caption for e in examples] == ["one", "two"]
+    assert [e.source for e in examples] == [packed(image) for image in images]  # compressed, as it was stored
+    assert examples[1].image().tobytes() == images[1].tobytes()
+
+
+def test_a_picture_comes_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right
+    image = Example("a", "a", packed(halves(), "JPEG", exif=exif, quality=100)).image()
+    assert image.size == (20, 40)
+    assert corner(image, 0.5, 0.1)[0] > 200 and corner(image, 0.5, 0.9)[2] > 200  # left has become top
+
+
+def see_through(mode) -> bytes:
+    """A picture of 16 px with nothing in its left half and black in its right."""
+    if mode == "P":
+        image = Image.new("P", (16, 16), 0)
+        image.putpalette([255, 0, 0, 0, 0, 0])
+        image.paste(1, (8, 0, 16, 16))
+        return packed(image, transparency=0)
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (8, 0, 16, 16))
+    return packed(image.convert(mode))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_comes_on_white(mode):
+    read = Example("a", "a", see_through(mode)).image()
+    assert (read.mode, read.getpixel((2, 8)), read.getpixel((12, 8))) == ("RGB", (255, 255, 255), (0, 0, 0))
+
+
+def test_other_colour_modes_come_as_rgb():
+    grey = Example("a", "a", packed(Image.new("L", (8, 8), 77))).image()
+    assert (grey.mode, grey.getpixel((4, 4))) == ("RGB", (77, 77, 77))
+    cmyk = Example("a", "a", packed(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)).image()
+    red, green, blue = cmyk.getpixel((4, 4))
+    assert cmyk.mode == "RGB" and red > 200 and green < 60 and blue < 60
+
+
+@pytest.mark.parametrize(
+    "size, wide_high, ids",
+    [
+        ((120, 80), (96, 64), (80, 120, 0, 16, 64, 64)),  # landscape: cut at the sides
+        ((80, 120), (64, 96), (120, 80, 16, 0, 64, 64)),  # portrait: cut above and below
+        ((64, 64), (64, 64), (64, 64, 0, 0, 64, 64)),
+        ((16, 20), (64, 80), (20, 16, 8, 0, 64, 64)),  # small: enlarged, and its own size told
+    ],
+)
+def test_crop_and_its_size_conditions(size, wide_high, ids):
+    ramp = np.zeros((size[1], size[0], 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 255, size[0])[None].round()
+    ramp[..., 1] = np.linspace(0, 255, size[1])[:, None].round()
+    image, told = data.crop(Image.fromarray(ramp), 64)
+    assert (image.size, told) == ((64, 64), ids)
+    top, left = ids[2:4]
+    expected = [255 * (left + 32) / wide_high[0], 255 * (top + 32) / wide_high[1], 0]
+    assert np.abs(np.asarray(image)[32, 32] - expected).max() < 5
+    assert abs(int(np.asarray(image)[32, 0, 0]) - 255 * left / wide_high[0]) < 8
+
+
+def test_pixels_span_minus_one_to_one():
+    stack = data.pixels([Image.new("RGB", (4, 6), "white"), Image.new("RGB", (4, 6), (0, 255, 0))])
+    assert stack.shape == (2, 3, 6, 4) and stack.dtype.is_floating_point
+    assert stack[0].min() == 1 and stack[1, 0].max() == -1 and stack[1, 1].min() == 1
+
+
+def test_the_split_stays_when_pictures_are_added(pictures):
+    examples = data.load(pictures)
+    few = data.split(examples[:12], 0.3)
+    all_ = data.split(examples[::-1], 0.3)
+    assert set(few[0]) <= set(all_[0]) and set(few[1]) <= set(all_[1])
+    assert len(all_[0]) + len(all_[1]) == 24 and all_[1]
+    assert data.split(examples, 0) == (examples, [])
+
+
+def test_the_split_takes_about_its_share_and_at_least_two():
+    examples = [Example(str(n), "a", str(n).encode()) for n in range(2000)]
+    for share in (0.03, 0.15):
+        held = data.split(examples, share)[1]
+        assert abs(len(held) - 2000 * share) < 4 * (2000 * share) ** 0.5
+    assert [len(part) for part in data.split(examples[:5], 1e-9)] == [3, 2]
+
+
+def test_captions_with_a_byte_order_mark_and_odd_line_ends_are_read(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    line = '{"file_name": "a.png", "text": "one\u2028two"}\r\n'
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    assert [e.caption for e in data.load(tmp_path)] == ["one\u2028two"]
+
+
+def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    for name in ("a.png", ".b.png", ".ipynb_checkpoints/a-checkpoint.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    (tmp_path / "a.txt").write_text("one")
+    assert [e.name for e in data.load(tmp_path)] == ["a.png"]
