@@ -1,0 +1,84 @@
+"""LoRA on the U-Net's attention (arXiv 2106.09685) by peft: inject, save and load in diffusers' format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
+
+
+def inject(unet, rank: int, alpha: float, seed: int = 0) -> list[torch.nn.Parameter]:
+    """LoRA on every attention projection of `unet`; the trainable parameters, in fp32 whatever the U-Net's dtype.
+
+    On SDXL Base these are 1,451,520 * rank numbers in 560 layers. A starts Gaussian (from `seed`, the same on
+    every device), B at zero, so the first picture is the base's. Raises RuntimeError for a torchao that peft refuses.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(TARGETS))
+    try:
+        unet.add_adapter(config)
+    except ImportError as error:
+        if "torchao" not in str(error):
+            raise
+        raise RuntimeError(
+            "peft refuses the old torchao installed here: run 'pip uninstall -y torchao' and restart the kernel"
+        ) from None
+    named = [(name, p) for name, p in unet.named_parameters() if p.requires_grad]
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in named:
+        parameter.data = parameter.data.float()
+        if "lora_A" in name and parameter.device.type != "meta":
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
+    return [parameter for _, parameter in named]
+
+
+def save(unet, folder: str | Path) -> Path:
+    """The adapter as `folder`/pytorch_lora_weights.safetensors, alpha included; returns the file."""
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    return Path(folder) / FILE
+
+
+def save_kohya(unet, file: str | Path, alpha: float) -> Path:
+    """The adapter under the names that ComfyUI and A1111 read (kohya-ss's), fp16, alpha in each layer; the file."""
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    kinds, layers = {"lora_A": "lora_down", "lora_B": "lora_up"}, {}
+    for name, weight in get_peft_model_state_dict(unet).items():
+        module, kind, _ = name.rsplit(".", 2)
+        prefix = "lora_unet_" + module.replace(".", "_")
+        layers[f"{prefix}.{kinds[kind]}.weight"] = weight.detach().half().cpu().contiguous()
+        layers[f"{prefix}.alpha"] = torch.tensor(float(alpha))
+    save_file(layers, file)
+    return Path(file)
+
+
+def restore(unet, folder: str | Path) -> None:
+    """Puts a saved adapter's weights, bit for bit, into the LoRA that `inject` made in `unet`.
+
+    Raises ValueError if they are another U-Net's or of another rank.
+    """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from peft.utils import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = {name.removeprefix("unet."): value for name, value in load_file(Path(folder) / FILE).items()}
+    try:
+        result = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(weights), "default")
+        fits = not result.unexpected_keys and not any("lora_" in name for name in result.missing_keys)
+    except RuntimeError:  # shapes that differ
+        fits = False
+    if not fits:
+        raise ValueError(f"the adapter in '{folder}' does not fit this U-Net; was it trained on another base or rank?")

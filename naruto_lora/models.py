@@ -1,0 +1,175 @@
+"""The parts of SDXL, loaded one at a time, straight to their device and dtype."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import textwrap
+import warnings
+from pathlib import Path
+
+import torch
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+def device_for(precision: str) -> torch.device:
+    """The device that a recipe's precision asks for. Raises RuntimeError if fp16 has no GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if precision == "fp16":
+        raise RuntimeError(
+            "this recipe trains in fp16, which needs a CUDA GPU, and none is here; on Colab choose Runtime > "
+            "Change runtime type > T4 GPU, elsewhere take the embedded default (bash colab_setup.sh run)"
+        )
+    return torch.device("cpu")
+
+
+def check_base(base: str, vae: str = "") -> None:
+    """Raises ValueError unless `base` is an SDXL base model with epsilon prediction in diffusers' layout.
+
+    And unless `vae`, where it is named, is a folder or on the hub (FileNotFoundError).
+    """
+    quiet()
+    index = _config(base, "model_index.json", "a diffusers model")
+    kind = index.get("_class_name", "an unnamed pipeline")
+    if kind != "StableDiffusionXLPipeline":
+        raise ValueError(f"the base '{base}' is a {kind}, not a StableDiffusionXLPipeline; take an SDXL base model")
+    if _config(base, "unet/config.json", "an SDXL model").get("addition_embed_type") != "text_time":
+        raise ValueError(f"the U-Net of '{base}' has no size conditioning, so it is not SDXL Base; take an SDXL base")
+    kind = _config(base, "scheduler/scheduler_config.json", "an SDXL model").get("prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ValueError(f"the base '{base}' predicts '{kind}'; only epsilon prediction, SDXL Base's own, is supported")
+    if vae:
+        _config(vae, "config.json", "a VAE")
+
+
+def identity(source: str) -> str:
+    """What tells one model from another: a hub id, or a folder's weights (size and first MiB, not place)."""
+    files = sorted(Path(source).rglob("*.safetensors"))
+    return _digest(files) if files else source
+
+
+def _digest(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}:{file.stat().st_size}".encode())
+        with open(file, "rb") as handle:
+            digest.update(handle.read(2**20))
+    return digest.hexdigest()
+
+
+def _config(base: str, name: str, what: str) -> dict:
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"the folder '{base}' is not {what}: it has no {name}; give another")
+    else:
+        file = _download(base, name)
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _download(base: str, name: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(base, name)
+    except Exception as error:  # the hub's client raises many kinds; a user needs one sentence
+        reason = textwrap.shorten(str(error), 80, placeholder=" ...")
+        raise FileNotFoundError(
+            f"the model '{base}' is neither a folder here nor to be had from the hub "
+            f"({type(error).__name__}: {reason}); check the name and the network"
+        ) from None
+
+
+def _variant(base: str, part: str, dtype: torch.dtype) -> str | None:
+    """'fp16' where fp16 is wanted and `base` has files of that name for `part`."""
+    if dtype != torch.float16:
+        return None
+    names = _files(Path(base)) if os.path.isdir(base) else _hub_files(base)
+    found = [name for name in names if name.endswith(".fp16.safetensors") and os.path.dirname(name) == part]
+    return "fp16" if found else None
+
+
+def _files(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*.safetensors")]
+
+
+@functools.cache
+def _hub_files(base: str) -> list[str]:
+    """The names of a hub model's files; of those that are on this machine where the hub can't be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().list_repo_files(base)
+    except Exception:  # no network, or told not to use it
+        return _files(Path(_download(base, "model_index.json")).parent)
+
+
+def quiet() -> None:
+    """Keeps the libraries' progress bars and harmless warnings out of notebooks; errors still show."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import diffusers
+    import transformers
+
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _load(kind, base: str, part: str, dtype: torch.dtype, device):
+    dtype_name = "dtype" if part.startswith("text_encoder") else "torch_dtype"  # transformers 5 and diffusers differ
+    options = {dtype_name: dtype, "variant": _variant(base, part, dtype), "use_safetensors": True}
+    model = kind.from_pretrained(base, subfolder=part or None, **options)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_text_encoders(base: str, dtype: torch.dtype, device):
+    """[(tokenizer, text encoder), (tokenizer_2, text encoder with projection)], in eval mode."""
+    quiet()
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    pairs = (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
+    return [
+        (
+            CLIPTokenizer.from_pretrained(base, subfolder=f"tokenizer{n}"),
+            _load(kind, base, f"text_encoder{n}", dtype, device),
+        )
+        for n, kind in pairs
+    ]
+
+
+def load_vae(base: str, vae: str, dtype: torch.dtype, device):
+    """The VAE at `vae` (hub id or folder), or the base's own if that is ''.
+
+    One that says it overflows in fp16 (`force_upcast`, as SDXL's own) is loaded in fp32.
+    """
+    quiet()
+    from diffusers import AutoencoderKL
+
+    source, part = (vae, "") if vae else (base, "vae")
+    config = AutoencoderKL.load_config(source, subfolder=part or None)
+    if config.get("force_upcast", True):
+        dtype = torch.float32
+    return _load(AutoencoderKL, source, part, dtype, device)
+
+
+def load_unet(base: str, dtype: torch.dtype, device):
+    """The U-Net, frozen, in eval mode (it has no dropout: training is the same)."""
+    quiet()
+    from diffusers import UNet2DConditionModel
+
+    return _load(UNet2DConditionModel, base, "unet", dtype, device)
+
+
+def load_alphas_cumprod(base: str) -> torch.Tensor:
+    """The base's noise schedule: cumulative alphas (1000,) in fp32 on the CPU (fp16 is up to 7% off at its start)."""
+    quiet()
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_pretrained(base, subfolder="scheduler").alphas_cumprod
