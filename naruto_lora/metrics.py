@@ -1,0 +1,71 @@
+"""Figures with their sample size and 95% interval: hold-out loss, paired gain, and a judge's shares."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+Z = 1.959964  # the normal distribution's 97.5% point
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value with its 95% interval and how many pictures it rests on."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}] (n = {self.n})"
+
+
+def mean(values) -> Figure:
+    """The mean of `values` (N,), N >= 2, with the bootstrap's percentile interval over pictures (Efron 1979)."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        raise ValueError(f"an interval needs at least 2 pictures, not {len(values)}; draw or hold out more")
+    resamples = np.random.default_rng(0).integers(len(values), size=(4000, len(values)))
+    low, high = np.percentile(values[resamples].mean(axis=1), (2.5, 97.5))
+    return Figure(float(values.mean()), float(low), float(high), len(values))
+
+
+def share(hits) -> Figure:
+    """The share of true `hits` (N,) in percent, with Wilson's interval (J. Am. Stat. Assoc. 22, 1927, 209)."""
+    n, p = len(hits), float(np.mean(hits))
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    low, high = max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # rounding past both ends
+    return Figure(100 * p, 100 * low, 100 * high, n)
+
+
+def paired(before, after) -> Figure:
+    """The mean of `after` - `before`, picture by picture: what is common to both drops out."""
+    return mean(np.asarray(after, dtype=float) - np.asarray(before, dtype=float))
+
+
+def holdout_losses(pipe, cache, adapter: str) -> np.ndarray:
+    """Each hold-out picture's denoising loss (N,) with `adapter` active; what it can't say: how pictures look."""
+    from . import pipeline, step
+
+    pipeline.use_adapter(pipe, adapter)
+    alphas_cumprod = pipe.scheduler.alphas_cumprod.to(pipe.device)
+    return step.holdout_losses(pipe.unet, cache, alphas_cumprod, pipe.device, batch=8).mean(dim=1).numpy()
+
+
+def judged(judge: str, pictures: list, prompts: list[dict]) -> dict[str, Figure]:
+    """Percent of `attributes` right and of pictures in `style`, by the judge in the module named `judge`.
+
+    The module has `score(pictures, prompts) -> {"attributes": (N,) shares, "style": (N,) 0 or 1}`; each prompt
+    is {"text": ..., "attributes": {...}}. Raises ValueError for a module without `score`.
+    """
+    try:
+        score = importlib.import_module(judge).score
+    except (ImportError, AttributeError):
+        raise ValueError(f"the judge '{judge}' must be a module with score(pictures, prompts)") from None
+    scores = score(pictures, prompts)
+    return {"attributes": mean(100 * np.asarray(scores["attributes"])), "style": share(scores["style"])}

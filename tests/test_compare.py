@@ -1,0 +1,117 @@
+"""Side by side: the sheet's geometry, the slider's html, the browser's state."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from naruto_lora import compare
+
+COLOURS = ("red", "lime", "blue", "yellow", "cyan", "magenta")
+
+
+def plain(*colours, size=16):
+    return [Image.new("RGB", (size, size), colour) for colour in colours]
+
+
+def boxes(sheet):
+    """{colour: its bounding box (left, top, right, bottom)} of what stands on the sheet."""
+    pixels, found = np.asarray(sheet), {}
+    for colour in COLOURS:
+        ys, xs = np.nonzero((pixels == Image.new("RGB", (1, 1), colour).getpixel((0, 0))).all(-1))
+        if len(xs):
+            found[colour] = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+    return found
+
+
+@pytest.mark.parametrize("size", [40, 64, 256])
+def test_every_picture_has_its_cell(size):
+    sheet = compare.grid({"base": plain(*COLOURS[:3]), "a longer name": plain(*COLOURS[3:])}, ["x"] * 3, size)
+    cells = boxes(sheet)
+    assert len(cells) == 6
+    assert all((right - left, bottom - top) == (size, size) for left, top, right, bottom in cells.values())
+    lefts = sorted({box[0] for box in cells.values()})
+    tops = sorted({box[1] for box in cells.values()})
+    assert np.diff(lefts).tolist() == [size + compare.MARGIN] * 2 and np.diff(tops).tolist() == [size + compare.MARGIN]
+    assert [cells[c][:2] for c in COLOURS] == [(x, y) for y in tops for x in lefts]
+    border = np.asarray(sheet)
+    assert all((edge == 255).all() for edge in (border[0], border[-1], border[:, 0], border[:, -1]))
+    names = border[: tops[1] + size, : lefts[0]]
+    assert (names[: tops[0] + size] < 128).any() and (names[tops[1] :] < 128).any()  # each row is labelled
+
+
+def test_a_row_may_be_shorter_and_captions_may_be_missing():
+    sheet = compare.grid({"base": plain("red", "lime"), "LoRA": plain("blue")}, size=64)
+    assert set(boxes(sheet)) == {"red", "lime", "blue"}
+    with_captions = compare.grid({"base": plain("red", "lime"), "LoRA": plain("blue")}, ["one", "two"], 64)
+    assert with_captions.width == sheet.width and with_captions.height > sheet.height
+
+
+@pytest.mark.parametrize("word", ["word ", "unbreakable"])
+def test_long_captions_are_cut_and_stay_under_their_picture(word):
+    size = 128
+    rows = {"base": plain("red", "red")}
+    short, long, longest = (compare.grid(rows, ["x", text], size) for text in ("y", word * 60, word * 600))
+    left, top, right, bottom = boxes(long)["red"]
+    assert short.width == long.width == longest.width and short.height < long.height == longest.height
+    under = np.asarray(long)[bottom:] < 128
+    ink = np.nonzero(under.any((0, 2)))[0]
+    assert ink.max() < right + compare.MARGIN  # the second column's caption ends with its picture
+    assert not under[:, left + size : left + size + compare.MARGIN].any()
+    assert (np.asarray(long)[-1] == 255).all()
+
+
+def test_small_pictures_are_enlarged_without_smoothing():
+    checks = Image.fromarray(np.indices((8, 8)).sum(0).astype(np.uint8) % 2 * 255).convert("RGB")
+    left, top = (compare.grid({"": plain("red")}, size=64).width - 64 - compare.MARGIN, compare.MARGIN)
+    cell = np.asarray(compare.grid({"": [checks]}, size=64))[top : top + 64, left : left + 64]
+    assert set(np.unique(cell)) == {0, 255}
+    assert (cell[::8, ::8] == np.asarray(checks)).all()
+
+
+def test_one_jpeg_is_shown(monkeypatch):
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(IPython.display, "display", shown.append)
+    compare.show(plain("red")[0])
+    assert len(shown) == 1 and shown[0].data[:2] == b"\xff\xd8" and shown[0].format == "jpeg"
+
+
+def embedded(html):
+    """The pictures in the html, in order."""
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in re.findall(r"base64,([^\"]+)\"", html)]
+
+
+def test_the_slider_holds_both_pictures_and_escapes_its_labels():
+    html = compare.slider(*plain("red", "blue"), labels=("<b>&", 'x" onload="y'), size=64)
+    after, before = embedded(html)
+    assert before.size == after.size == (64, 64)
+    assert before.getpixel((9, 9))[0] > 200 and after.getpixel((9, 9))[2] > 200
+    assert "<b>" not in html and "&lt;b&gt;&amp;" in html and 'x" onload' not in html
+    assert html.count("clip-path") == 1 and html.count("<input") == 1
+
+
+def test_the_browser_follows_its_choices():
+    rows = {"base": plain("red", "lime"), "LoRA": plain("blue", "yellow")}
+    box = compare.browser(rows, ["a <first> prompt", "the second"], size=32)
+    prompt, (left, right), picture = box.children[0], box.children[1].children, box.children[2]
+
+    def seen():
+        return [image.getpixel((9, 9)) for image in reversed(embedded(picture.value))]  # before, after
+
+    def close(found, *colours):
+        wanted = [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in colours]
+        return np.abs(np.array(found) - wanted).max() < 8
+
+    assert (left.value, right.value, prompt.value) == ("base", "LoRA", 0)
+    assert close(seen(), "red", "blue")
+    prompt.value = 1
+    assert close(seen(), "lime", "yellow")
+    left.value = "LoRA"
+    assert close(seen(), "yellow", "yellow") and picture.value.count("LoRA") > 2
+    right.value = "base"
+    assert close(seen(), "yellow", "lime")
