@@ -160,7 +160,7 @@ def write_dataset(folder: str | Path, count: int = 320, seed: int = 0, style: st
             return folder
         if path == paths[0]:
             listing.unlink(missing_ok=True)
-            for old in folder.glob("*.png"):
+            for old in folder.glob("[0-9][0-9][0-9][0-9].png"):
                 old.unlink()
         same = False
         path.write_bytes(file.getvalue())
