@@ -18,20 +18,22 @@ class Progress:
 
     def __init__(self, every: float | None = None):
         self.every = every if every is not None else (1.0 if _watched() else 30.0)  # seconds
-        self.phase, self.begun, self.first, self.shown, self.handle = None, 0.0, 0, 0.0, None
-        self.smooth = None
+        self.phase, self.begun, self.first, self.shown = None, 0.0, 0, 0.0
+        self.smooth = self.handle = None  # of the phase that is shown
 
     def __call__(self, phase: str, done: int, total: int, **figures) -> None:
         now = time.time()
         if phase != self.phase:
-            self._close()
-            self.phase, self.begun, self.first, self.shown, self.smooth = phase, now, done, 0.0, None
+            self.phase, self.begun, self.first, self.shown = phase, now, done, 0.0
+            self.smooth = self.handle = None
         if "loss" in figures:
             old = self.smooth if self.smooth is not None else figures["loss"]
             figures["loss"] = self.smooth = 0.9 * old + 0.1 * figures["loss"]
         if now - self.shown >= self.every or done == total:
             self.shown = now
             self._write(self._line(done, total, now, figures), done == total)
+        if done == total:
+            self.phase = None  # the next call, if of the same phase, starts a line of its own
 
     def _line(self, done: int, total: int, now: float, figures: dict) -> str:
         filled = round(20 * done / total) if total else 20
@@ -61,9 +63,6 @@ class Progress:
             self.handle = display(shown, display_id=True)
         else:
             self.handle.update(shown)
-
-    def _close(self) -> None:
-        self.handle = None
 
 
 def _in_notebook() -> bool:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from naruto_lora import cache, data, models
 from naruto_lora.data import Example
@@ -68,12 +69,14 @@ def test_only_what_is_new_is_encoded(plan, examples, tmp_path, encoders):
 
 
 def test_another_models_encodings_are_not_taken(plan, examples, tmp_path, encoders, base):
-    shutil.copytree(base, tmp_path / "base")
-    rows = examples[0][:2]
-    drawn(rows, plan, tmp_path / "cache", encoders)
-    assert drawn(rows, plan.replace(base=str(tmp_path / "base")), tmp_path / "cache", encoders) == (2, 2)
-    vae = plan.replace(vae=str(tmp_path / "base" / "vae"))
-    assert drawn(rows, vae, tmp_path / "cache", encoders) == (0, 2)
+    rows, folder, other = examples[0][:2], tmp_path / "cache", plan.replace(base=str(tmp_path / "base"))
+    shutil.copytree(base, other.base)
+    drawn(rows, plan, folder, encoders)
+    assert drawn(rows, other, folder, encoders) == (0, 0)  # moved, but the same
+    file = tmp_path / "base" / "text_encoder" / "model.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(file).items()}, file)
+    assert drawn(rows, other, folder, encoders) == (2, 2)
+    assert drawn(rows, plan.replace(vae=str(tmp_path / "base" / "vae")), folder, encoders) == (0, 2)
 
 
 def test_a_killed_run_goes_on(plan, examples, tmp_path, encoders):

@@ -29,7 +29,7 @@ def test_the_two_recipes_see_the_pictures_they_name():
     assert (high.steps, high.batch, high.accumulation, high.pictures_per_step) == (765, 1, 8, 8)
     assert (low.steps, low.batch, low.accumulation, low.pictures_per_step) == (200, 12, 8, 96)
     text = high.describe(1221)
-    assert "765 steps = 6,120 pictures, 5.0 epochs of 1,221" in text
+    assert "765 steps = 6,105 pictures, 5.0 epochs of 1,221" in text
     assert "0.0001 constant to 300, then 3e-05 cosine to 600" in text
 
 

@@ -117,3 +117,22 @@ def test_in_a_notebook_each_phase_leaves_one_line():
 def test_importing_report_needs_no_matplotlib():
     code = "import sys; import naruto_lora.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_phase_that_comes_again_has_a_line_of_its_own(monkeypatch):
+    made = []
+
+    class Handle:
+        def update(self, shown):
+            made[-1].append(shown.data)
+
+    def display(shown, display_id):
+        made.append([shown.data])
+        return Handle()
+
+    monkeypatch.setattr(report, "_in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", display)
+    show = report.Progress(every=0)
+    for done in (1, 2, 1, 2):
+        show("drawing", done, 2)
+    assert [len(line) for line in made] == [2, 2] and "2/2" in made[0][1]
