@@ -22,7 +22,7 @@ def learnt(base, tmp_path_factory):
     for name, count in (("base", PROMPTS), ("style", 60)):
         prompts = world.prompts(PROMPTS, seed=1)[:count]
         pictures = pipeline.draw(
-            pipe, [prompt["text"] for prompt in prompts], list(range(1000, 1000 + count)), name, steps=25,
+            pipe, [prompt["text"] for prompt in prompts], list(range(1000, 1000 + count)), name, steps=16,
             guidance_scale=2.0, resolution=plan.resolution, batch=20,
         )
         scores[name] = judge.score(pictures, prompts)

@@ -2,16 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from naruto_lora.tiny import judge, world  # noqa: E402
+from naruto_lora.tiny import judge, world
 
 BASE = judge.WEIGHTS.parent / "base"
 COUNT, SEED = 400, 20_261_123
-MISSING = "judge.safetensors is missing: python -m naruto_lora.tiny.pretrain makes it"
-
-trained = pytest.mark.skipif(not judge.WEIGHTS.exists(), reason=MISSING)
 
 
 def drawings(kind, count=COUNT):
@@ -36,7 +32,6 @@ def round_trip(pictures):
     return back
 
 
-@trained
 @pytest.mark.parametrize("kind", ["ordinary", "style"])
 def test_reads_unseen_drawings(kind):
     prompts, pictures = drawings(kind)
@@ -46,7 +41,6 @@ def test_reads_unseen_drawings(kind):
     assert in_style >= 0.99 if kind == "style" else in_style <= 0.01
 
 
-@trained
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ordinary", "style"])
 def test_every_attribute_survives_the_vae(kind):
@@ -55,7 +49,6 @@ def test_every_attribute_survives_the_vae(kind):
     assert min(result["by_attribute"].values()) >= 0.97, result["by_attribute"]
 
 
-@trained
 def test_a_wrong_prompt_costs_its_share():
     prompts, pictures = drawings("ordinary", 8)
     classes = world.ATTRIBUTES["background"]
