@@ -118,6 +118,8 @@ def test_the_summary_has_every_figure(executed):
     summary = embedded.summary(executed, 1.234)
     assert summary == json.loads((executed / "summary.json").read_text())
     assert summary["minutes"] == 1.23
+    models = json.loads((executed / "compare.json").read_text())["models"]
+    assert [summary[k] for k in ("base", "low", "high")] == [models[k] for k in ("base", "tiny-32", "tiny-64")]
     for model in ("base", "low", "high"):
         for figure in ("attributes", "style", "holdout_loss"):
             assert {"value", "low", "high", "n"} == set(summary[model][figure])
