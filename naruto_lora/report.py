@@ -114,6 +114,20 @@ def curves(records: dict[str, dict], smoothing: int = 20):
     return Image.open(buffer)
 
 
+def gain(record: dict):
+    """A run's hold-out loss before and after as a table, the gain in pairs; a sentence if nothing was held out."""
+    from . import metrics
+
+    losses = list(record["holdout"].values())
+    if not losses:
+        return "No picture was held out of training (holdout is 0), so there is nothing to measure by."
+    return table([
+        {"": "base", "hold-out loss": metrics.mean(losses[0])},
+        {"": "LoRA", "hold-out loss": metrics.mean(losses[-1])},
+        {"": "gain", "hold-out loss": metrics.paired(losses[0], losses[-1])},
+    ])
+
+
 def table(rows: list[dict]):
     """Rows of one shape as a small HTML table (with plain text beside it) that a notebook displays."""
     return _Table(rows)

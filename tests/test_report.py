@@ -80,6 +80,28 @@ def test_curves_show_the_holdout_where_it_is():
     assert without.shape == with_it.shape and (without != with_it).mean() > 0.002
 
 
+def test_without_a_holdout_the_curves_have_no_empty_entry(monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn = []
+    monkeypatch.setattr(Axes, "legend", lambda axes, **_: drawn.append(axes.get_legend_handles_labels()[1]))
+    report.curves({"run": record({})})
+    report.curves({"run": record({"0": [1.0, 0.8]})})
+    assert drawn == [["run: training"], ["run: training", "run: hold-out"]]
+
+
+def test_the_gain_is_counted_in_pairs():
+    text = repr(report.gain(record({"0": [1.0, 0.8], "30": [0.9, 0.9], "60": [0.5, 0.3]})))
+    assert [line.split()[:2] for line in text.splitlines()[1:]] == [["base", "0.9"], ["LoRA", "0.4"], ["gain", "-0.5"]]
+    assert "-0.5 [-0.5, -0.5] (n = 2)" in text
+
+
+def test_where_nothing_was_held_out_no_figure_is_made_up():
+    assert report.gain(record({})) == (
+        "No picture was held out of training (holdout is 0), so there is nothing to measure by."
+    )
+
+
 def test_a_table_escapes_html_and_aligns_its_text():
     shown = report.table([{"model": "<b>", "loss": metrics.Figure(1, 0.5, 2, 3)}, {"model": "LoRA & co", "loss": ""}])
     html = shown._repr_html_()

@@ -1,4 +1,4 @@
-"""Full-size SDXL with random weights on a CUDA GPU: both named recipes train ten steps, save, load and draw.
+"""Full-size SDXL with random weights on a CUDA GPU: the named recipes train ten steps, save, load and draw.
 
     python tests/benchmarks/full_size.py --out DIR [--cap 14.56]
 
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizers", type=Path, default=BASE, help="a folder with tokenizer and tokenizer_2")
     parser.add_argument("--cap", type=float, help="GiB")
+    parser.add_argument("--recipes", nargs="+", default=["naruto-256", "naruto-1024"])
     args = parser.parse_args()
     begun = time.time()
     base = sdxl.write(args.out / "base", args.tokenizers)
@@ -36,7 +37,7 @@ def main() -> None:
     if args.cap:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(args.cap * memory.GIB / total)
-    for name in ("naruto-256", "naruto-1024"):
+    for name in args.recipes:
         plan = recipe.load(name, base=str(base), vae=str(base / "vae"), dataset=str(data))
         figures[name] = measure(plan.replace(legs=(recipe.Leg(STEPS, 1e-4),)), args.out)
         (args.out / "full_size.json").write_text(json.dumps(figures, indent=1))
