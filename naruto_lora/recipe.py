@@ -31,7 +31,9 @@ class Recipe:
 
     name: str
     legs: tuple[Leg, ...]
-    resolution: int = 1024  # px, square
+    resolution: int = 1024  # px: a square's side, and the area of every bucket
+    buckets: bool = False  # each picture in the aspect ratio nearest to its own, not a square centre crop
+    flip: bool = False  # each picture also mirrored: at each use one of the two, by chance
     batch: int = 1  # pictures a micro-batch
     accumulation: int = 8  # micro-batches an update
     rank: int = 16
@@ -40,10 +42,15 @@ class Recipe:
     holdout: float = 0.03  # share of the pictures kept out of training, to measure on
     precision: str = "fp16"  # fp16 needs a CUDA GPU; fp32 runs anywhere
     seed: int = 0
-    save_every: int = 30  # updates
+    save_every: int = 30  # updates between checkpoints
+    save_minutes: float = 10.0  # and no longer than this between them; 0 is without such a bound
+    measure_every: int = 90  # updates between measurements of the hold-out loss (and previews); also first and last
+    previews: int = 2  # hold-out captions drawn at each measurement; 0 is none
+    max_minutes: float = 0.0  # stop cleanly after so long, to go on later; 0 is no bound
     base: str = "stabilityai/stable-diffusion-xl-base-1.0"  # hub id or folder
     vae: str = "madebyollin/sdxl-vae-fp16-fix"  # hub id or folder; "" takes the base's own
     dataset: str = "lambdalabs/naruto-blip-captions"  # hub id or folder
+    expect: str = ""  # what it costs, for people: minutes, GiB, and on what these were measured
 
     def __post_init__(self):
         if not isinstance(self.legs, (list, tuple)) or not all(isinstance(leg, (Leg, dict)) for leg in self.legs):
@@ -90,10 +97,11 @@ class Recipe:
             rounds = self.steps / math.ceil(pictures / self.pictures_per_step)  # each picture once a round
             seen, epochs = round(rounds * pictures), f", {rounds:.1f} epochs of {pictures:,}"
         rates = ", then ".join(f"{leg.lr:g} {leg.schedule} to {leg.until}" for leg in self.legs)
-        return (
+        text = (
             f"{self.name}: rank {self.rank} at {self.resolution} px, {self.batch} x {self.accumulation} pictures "
             f"a step, {self.steps} steps = {seen:,} pictures{epochs}; learning rate {rates}"
         )
+        return f"{text}. {self.expect}" if self.expect else text
 
 
 def load(source: str | Path | Recipe, **changes) -> Recipe:
@@ -149,11 +157,19 @@ def _check(recipe: Recipe) -> None:
         if not ok:
             raise ValueError(f"recipe '{recipe.name}': {sentence}")
 
-    whole = ("resolution", "batch", "accumulation", "rank", "save_every")
+    whole = ("resolution", "batch", "accumulation", "rank", "save_every", "measure_every")
     for name in whole:
         value = getattr(recipe, name)
         need(isinstance(value, int) and value > 0, f"{name} must be a whole number above 0, not {value!r}")
-    need(isinstance(recipe.seed, int) and recipe.seed >= 0, f"seed must be a whole number from 0, not {recipe.seed!r}")
+    for name in ("seed", "previews"):
+        value = getattr(recipe, name)
+        need(isinstance(value, int) and value >= 0, f"{name} must be a whole number from 0, not {value!r}")
+    for name in ("buckets", "flip"):
+        value = getattr(recipe, name)
+        need(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+    for name in ("save_minutes", "max_minutes"):
+        value = getattr(recipe, name)
+        need(isinstance(value, (int, float)) and 0 <= value < math.inf, f"{name} must be minutes from 0, not {value!r}")
     for name in ("alpha", "caption_dropout", "holdout"):
         value = getattr(recipe, name)
         need(isinstance(value, (int, float)), f"{name} must be a number, not {value!r}")

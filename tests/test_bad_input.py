@@ -16,7 +16,7 @@ from naruto_lora import data, models, pipeline, recipe, train
 def sentence(caught) -> str:
     """The message, which must be one short line."""
     text = str(caught.value)
-    assert "\n" not in text and 20 < len(text) < 250, text
+    assert "\n" not in text and 20 < len(text) < 280, text
     return text
 
 
@@ -180,6 +180,10 @@ LEGS = ({"until": 300, "lr": 1e-4},)
         ({"alpha": "much"}, "alpha must be a number"),
         ({"holdout": "some"}, "holdout must be a number"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"flip": 1}, "flip must be true or false, not 1"),
+        ({"measure_every": 0}, "measure_every must be a whole number above 0"),
+        ({"previews": -1}, "previews must be a whole number from 0"),
+        ({"max_minutes": -5}, "max_minutes must be minutes from 0, not -5"),
     ],
 )
 def test_recipe_fields(tmp_path, changes, named):

@@ -15,10 +15,13 @@ def cosine(peak, done):
 def test_learning_rate_of_the_1024_recipe_in_closed_form():
     rate = RECIPES["naruto-1024"].learning_rate
     assert rate(0) == rate(299) == 1e-4
+    assert rate(1) == 1e-4
     assert rate(300) == 3e-5
+    assert rate(301) == pytest.approx(cosine(3e-5, 1 / 300), rel=1e-12)
     assert rate(449) == pytest.approx(cosine(3e-5, 149 / 300), rel=1e-12)
     assert rate(599) == pytest.approx(cosine(3e-5, 299 / 300), rel=1e-12)
     assert rate(600) == 3e-5
+    assert rate(601) == pytest.approx(cosine(3e-5, 1 / 165), rel=1e-12)
     assert rate(764) == pytest.approx(cosine(3e-5, 164 / 165), rel=1e-12)
     with pytest.raises(ValueError, match="step 765 lies past the last leg"):
         rate(765)
@@ -49,6 +52,7 @@ def test_it_says_what_is_seen_with_the_epochs_short_last_steps_counted():
     assert "765 steps = 6,120 pictures;" in plan.describe()
     assert "6,105 pictures, 5.0 epochs of 1,221" in plan.describe(1221)
     assert "200 steps = 4,000 pictures, 200.0 epochs of 20;" in RECIPES["naruto-256"].describe(20)
+    assert plan.replace(expect="2 h on that").describe().endswith("to 765. 2 h on that")
 
 
 def test_paths_and_the_home_folder_become_text(tmp_path):
