@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -37,17 +38,37 @@ def inject(unet, rank: int, alpha: float, seed: int = 0) -> list[torch.nn.Parame
 
 
 def save(unet, folder: str | Path) -> Path:
-    """The adapter as `folder`/pytorch_lora_weights.safetensors, alpha included; returns the file."""
+    """The adapter as `folder`/pytorch_lora_weights.safetensors, alpha included; returns the file.
+
+    The same weights give the same bytes.
+    """
     from diffusers import StableDiffusionXLPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
+    config = unet.peft_config["default"].to_dict()
     StableDiffusionXLPipeline.save_lora_weights(
         folder,
         unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+        unet_lora_adapter_metadata=config | {"target_modules": sorted(config["target_modules"])},
     )
+    _sort_metadata(Path(folder) / FILE)
     return Path(folder) / FILE
+
+
+def _sort_metadata(file: Path) -> None:
+    """Sorts a safetensors file's metadata in place; its writer leaves their order to chance.
+
+    The header is 8 bytes of length and JSON (huggingface.co/docs/safetensors); sorted, it is as long as before.
+    """
+    with open(file, "rb+") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            handle.seek(8)
+            handle.write(text)
 
 
 def save_kohya(unet, file: str | Path, alpha: float) -> Path:

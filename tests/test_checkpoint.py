@@ -1,9 +1,14 @@
-"""Checkpoints: whole or not there, the newest three, restored bit for bit."""
+"""Checkpoints: whole or passed over, the newest three and the best, restored bit for bit."""
 
+import hashlib
+import shutil
+
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from naruto_lora import checkpoint, lora, models, train
+from naruto_lora import checkpoint, files, lora, models, train
 
 CPU = torch.device("cpu")
 
@@ -41,22 +46,100 @@ def test_restored_it_steps_on_bit_for_bit(base, stepped, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True))
 
 
-def test_the_newest_three_stay_in_order_of_their_steps(stepped, tmp_path):
+def test_the_newest_three_and_the_best_stay(stepped, tmp_path):
     unet, _, optimizer = stepped
     for step in (2, 8, 10, 90, 100):
         checkpoint.save(tmp_path, step, unet, optimizer, {})
-    assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-10", "checkpoint-90", "checkpoint-100"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100", "checkpoint-90"]
+        checkpoint.rotate(tmp_path, step, best=2)
+    names = [f"checkpoint-{n}" for n in (2, 10, 90, 100)]
+    assert [path.name for path in checkpoint.find(tmp_path)] == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    checkpoint.rotate(tmp_path, 100, best=None, emptied=True)
+    assert [path.name for path in checkpoint.find(tmp_path)] == names[1:]
+    assert checkpoint.newest([tmp_path]) == tmp_path / "checkpoint-100"
 
 
-def test_what_is_not_whole_is_not_found(stepped, tmp_path):
+def test_damaged_ones_past_the_step_never_push_out_the_newest_usable(stepped, tmp_path):
     unet, _, optimizer = stepped
-    whole = checkpoint.save(tmp_path, 4, unet, optimizer, {})
-    (tmp_path / ".writing-6").mkdir()
-    (tmp_path / "checkpoint-8").mkdir()  # without its state
-    (tmp_path / "checkpoint-old").mkdir()
-    assert checkpoint.find(tmp_path) == [whole]
-    assert checkpoint.find(tmp_path / "nowhere") == []
+    for step in (60, 90, 100, 110):
+        checkpoint.save(tmp_path, step, unet, optimizer, {})
+    for step in (90, 100, 110):
+        (tmp_path / f"checkpoint-{step}" / "state.json").write_text("{")
+    checkpoint.save(tmp_path, 70, unet, optimizer, {})  # resumed at 60
+    checkpoint.rotate(tmp_path, 70, keep=1)
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == [70, 90, 100, 110]
+    assert checkpoint.newest([tmp_path]).name == "checkpoint-70"
+    checkpoint.save(tmp_path, 90, unet, optimizer, {})  # reached again: written anew
+    assert checkpoint.newest([tmp_path]).name == "checkpoint-90"
+
+
+@pytest.fixture
+def two(stepped, tmp_path):
+    """A folder with checkpoint-30 and checkpoint-60, both whole."""
+    for step in (30, 60):
+        checkpoint.save(tmp_path, step, stepped[0], stepped[2], {"record": {"losses": [0.5] * step}})
+    return tmp_path
+
+
+def spots(folder, count):
+    """`count` places (file, offset) of a checkpoint, every file among them."""
+    rng = np.random.default_rng(0)
+    files = [folder / name for name in (*checkpoint.FILES, checkpoint.SUMS)]
+    for k in range(count):
+        file = files[k % len(files)]
+        yield file, int(rng.integers(file.stat().st_size))
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_fifty_damages_are_passed_over_for_the_one_before(two, how, capsys):
+    told = Notes()
+    for file, at in list(spots(two / "checkpoint-60", 50)):
+        whole = file.read_bytes()
+        bit = bytes([whole[at] ^ (1 << at % 8)])
+        file.write_bytes(whole[:at] if how == "cut" else whole[:at] + bit + whole[at + 1 :])
+        assert checkpoint.newest([two], told) == two / "checkpoint-30", (file.name, at)
+        assert told.lines.pop().startswith(f"{two / 'checkpoint-60'} is passed over: ")
+        file.write_bytes(whole)
+    assert checkpoint.newest([two], told) == two / "checkpoint-60" and not told.lines
+
+
+class Notes:
+    """What a display is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def note(self, text):
+        self.lines.append(text)
+
+
+def test_what_is_missing_is_named(two):
+    told = Notes()
+    for name in (*checkpoint.FILES, checkpoint.SUMS):
+        moved = (two / "checkpoint-60" / name).rename(two / name)
+        assert checkpoint.newest([two], told) == two / "checkpoint-30"
+        assert f"{name} is missing" in told.lines[-1]
+        moved.rename(two / "checkpoint-60" / name)
+
+
+def test_what_is_no_checkpoint_is_no_matter(two):
+    (two / "checkpoint-90").mkdir()
+    (two / ".writing-120").mkdir()
+    (two / ".writing-120" / "state.json").write_text("{}")
+    (two / "checkpoint-old").mkdir()
+    (two / "checkpoint-99").write_text("a file")
+    assert checkpoint.newest([two]) == two / "checkpoint-60"
+    assert checkpoint.newest([two / "nowhere"]) is None
+    renamed = (two / "checkpoint-60").rename(two / "checkpoint-66")
+    assert "it is of step 60" in checkpoint.problem(renamed)
+    assert checkpoint.newest([two]) == two / "checkpoint-30"
+
+
+def test_the_sums_are_those_of_sha256sum(two):
+    lines = (two / "checkpoint-60" / checkpoint.SUMS).read_text().splitlines()
+    assert [line.split("  ")[1] for line in lines] == list(checkpoint.FILES)
+    content = (two / "checkpoint-60" / "state.json").read_bytes()
+    assert lines[-1].split()[0] == hashlib.sha256(content).hexdigest()
 
 
 def test_a_kill_while_writing_leaves_the_older_one_whole(stepped, tmp_path, monkeypatch):
@@ -71,9 +154,45 @@ def test_a_kill_while_writing_leaves_the_older_one_whole(stepped, tmp_path, monk
         checkpoint.save(tmp_path, 6, unet, optimizer, {})
     monkeypatch.undo()
     assert (tmp_path / ".writing-6" / lora.FILE).is_file()
-    assert checkpoint.find(tmp_path) == [whole]
+    assert checkpoint.newest([tmp_path]) == whole
     again = checkpoint.save(tmp_path, 6, unet, optimizer, {})
     assert checkpoint.find(tmp_path) == [whole, again] and not (tmp_path / ".writing-6").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(stepped, tmp_path, monkeypatch):
+    unet, _, optimizer = stepped
+    whole = checkpoint.save(tmp_path, 4, unet, optimizer, {})
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint.save(tmp_path, 6, unet, optimizer, {})
+    assert [path.name for path in tmp_path.iterdir()] == [whole.name]
+
+
+def test_a_copy_counts_once_it_is_read_back(two, tmp_path_factory, monkeypatch):
+    mirror = tmp_path_factory.mktemp("mirror")
+    copied = checkpoint.fetch(two / "checkpoint-60", mirror)
+    assert checkpoint.problem(copied) is None and checkpoint.newest([two / "lost", mirror]) == copied
+    assert checkpoint.newest([two, mirror]) == two / "checkpoint-60"  # the first folder's, of equals
+    real = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: real(path) + ("?" if ".copying" in path.name else ""))
+    with pytest.raises(OSError, match="did not come out as it was written"):
+        checkpoint.fetch(two / "checkpoint-30", mirror)
+    assert checkpoint.find(mirror) == [copied] and [path.name for path in mirror.iterdir()] == [copied.name]
+
+
+def test_too_small_a_disk_is_told_before_training(stepped, tmp_path, monkeypatch):
+    small = shutil.disk_usage(tmp_path)._replace(free=10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
+    sentence = r"has 0.00 GB free, and the run's checkpoints need 0.\d+ GB: make room"
+    with pytest.raises(OSError, match=sentence) as caught:
+        checkpoint.enough_disk(tmp_path, stepped[1])
+    assert str(tmp_path) in str(caught.value)
+    monkeypatch.undo()
+    checkpoint.enough_disk(tmp_path, stepped[1])
 
 
 def test_an_optimizers_plain_numbers_survive_too(tmp_path, stepped):
