@@ -9,7 +9,7 @@ import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .train import writable
+from .files import writable
 
 
 def on_colab() -> bool:

@@ -181,6 +181,14 @@ def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[
     return train, held
 
 
+def fingerprint(examples: list[Example]) -> str:
+    """Sixteen hex digits of the pictures' bytes and captions, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(hashlib.sha256(example.read()).digest() + hashlib.sha256(example.caption.encode()).digest())
+    return digest.hexdigest()[:16]
+
+
 def crop(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, ...]]:
     """The shorter side to `resolution` px, then a square centre crop.
 

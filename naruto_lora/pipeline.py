@@ -141,6 +141,41 @@ def draw(
     return pictures
 
 
+@torch.no_grad()
+def preview(unet, recipe, prompts: dict[str, torch.Tensor], steps: int = 20, guidance_scale: float = 4.0) -> list:
+    """PIL pictures of encoded prompts (prompt_embeds (B, L, D), pooled (B, P)) by a U-Net that is being trained.
+
+    The VAE is loaded for it and freed again. Picture k has seed k, so that previews differ by the training alone.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    vae = models.load_vae(recipe.base, recipe.vae, models.DTYPES[recipe.precision], unet.device)
+    scheduler = EulerDiscreteScheduler.from_pretrained(recipe.base, subfolder="scheduler")
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
+        tokenizer_2=None, add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    embeds, pooled = prompts["prompt_embeds"].to(unet.dtype), prompts["pooled"].to(unet.dtype)
+    pictures = []
+    for k in range(len(embeds)):
+        latents = pipe(
+            prompt_embeds=embeds[k : k + 1],
+            pooled_prompt_embeds=pooled[k : k + 1],
+            negative_prompt_embeds=torch.zeros_like(embeds[:1]),
+            negative_pooled_prompt_embeds=torch.zeros_like(pooled[:1]),
+            generator=torch.Generator().manual_seed(k),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            height=recipe.resolution,
+            width=recipe.resolution,
+            output_type="latent",
+        ).images
+        with torch.autocast(unet.device.type, enabled=False):  # a VAE that overflows in fp16 stays in fp32
+            pictures += to_pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
+    return pictures
+
+
 def to_pictures(images: torch.Tensor) -> list:
     """(B, 3, H, W) in [-1, 1], as a VAE decodes them, to PIL pictures."""
     from PIL import Image

@@ -6,175 +6,322 @@ import argparse
 import contextlib
 import json
 import math
-import os
+import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from . import cache, checkpoint, data, lora, memory, models, step
+from . import cache, checkpoint, data, files, lora, memory, models, session, step
 from . import recipe as recipes
 
 MAX_GRAD_NORM = 1.0
 RETRIES = 16  # times that an overflowing update is tried again, at half the loss scale each
-FREE_TO_CHANGE = ("name", "legs", "save_every", "base", "vae", "dataset")  # the last three: see `Cache.fingerprint`
+FREE_TO_CHANGE = (  # legs, base, vae and dataset are looked at by what they are, not by how they are written
+    "name", "legs", "save_every", "save_minutes", "measure_every", "previews", "max_minutes", "expect",
+    "batch", "accumulation", "base", "vae", "dataset",
+)  # fmt: skip
 
 
-def train(recipe: recipes.Recipe | str, out: str | Path, cache_folder: str | Path | None = None, show=None) -> dict:
+def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=None, mirror=None) -> dict:
     """Trains `recipe` in the folder `out`, going on from its newest checkpoint; returns the run's record.
 
     Leaves in `out` pytorch_lora_weights.safetensors (diffusers), <recipe's name>.safetensors (ComfyUI, A1111) and
-    run.json. `show(phase, done, total, **figures)` is
-    called as it goes. Raises what `begin` raises, before anything is trained.
+    run.json. `mirror` is a second folder (Google Drive) for all that must outlive this machine. As it goes it calls
+    `show(phase, done, total, **figures)` and, for lines worth keeping, `show.note(text)`. Raises what `begin`
+    raises, before anything is trained, and what `Run.to_the_end` does.
     """
-    run = begin(recipe, out, cache_folder, show)
+    run = begin(recipe, out, cache_folder, show, mirror)
     run.to_the_end(show)
-    return run.finish()
+    return run.finish(show)
 
 
-def begin(recipe: recipes.Recipe | str, out: str | Path, cache_folder: str | Path | None = None, show=None) -> Run:
+def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=None, mirror=None) -> Run:
     """A run ready for its next step: data checked and encoded, U-Net with LoRA loaded, checkpoint restored.
 
-    Raises FileNotFoundError, PermissionError, RuntimeError or ValueError with one sentence for what is missing
+    Raises FileNotFoundError, OSError, RuntimeError or ValueError with one sentence for what is missing
     or wrong, cheapest checks first.
     """
-    recipe, out = recipes.load(recipe), Path(out)
+    begun, recipe, out = time.time(), recipes.load(recipe), Path(out)
     device = models.device_for(recipe.precision)
-    writable(out)
-    refuse_changes(recipe, out)
+    files.writable(out)
+    mirror = _ready(mirror, show)
     models.check_base(recipe.base, recipe.vae)
     examples, held = data.split(data.load(recipe.dataset), recipe.holdout)
+    found = checkpoint.newest([out] + ([mirror] if mirror else []), show)
+    sources = sources_of(recipe, examples)
+    if found:
+        refuse_changes(recipe, sources, checkpoint.read_state(found), found.parent)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
-    encoded = cache.encode(examples + held, recipe, folder, show)
+    encoded = cache.encode(examples + held, recipe, folder, show, mirror and mirror.parent / "cache")
     trained, held = encoded.part(0, len(examples)), encoded.part(len(examples), len(encoded))
 
     memory.free()
     memory.reset_peak()
     unet = models.load_unet(recipe.base, models.DTYPES[recipe.precision], device)
     parameters = lora.inject(unet, recipe.rank, recipe.alpha, recipe.seed)
+    checkpoint.enough_disk(out, parameters)
     if memory.recompute_needed(device, recipe.resolution, recipe.batch):
         unet.enable_gradient_checkpointing()
-    run = Run(recipe, out, unet, parameters, trained, held, device)
-    run.resume()
+    run = Run(recipe, out, unet, parameters, trained, held, device, sources, mirror)
+    run.begun = begun
+    if found:
+        run.resume(found, show)
     return run
 
 
 class Run:
     """The state of a training run: everything that a step reads or changes."""
 
-    def __init__(self, recipe, out, unet, parameters, trained, held, device):
+    def __init__(self, recipe, out, unet, parameters, trained, held, device, sources=None, mirror=None):
         self.recipe, self.out, self.unet, self.parameters = recipe, out, unet, parameters
         self.trained, self.held, self.device = trained, held, device
+        self.sources, self.mirror = sources or {}, mirror
         self.alphas_cumprod = models.load_alphas_cumprod(recipe.base).to(device)
         self.optimizer = make_optimizer(parameters, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
-        self.step = 0
-        self.record = {"losses": [], "holdout": {}, "seconds": 0.0}
+        self.step, self.saved, self.saved_at = 0, None, time.time()  # updates done; those of the last checkpoint
+        self.record = {"losses": [], "holdout": {}, "best_step": None, "seconds": 0.0}
+        self.begun, self.forecast, self.interrupts = time.time(), session.Forecast(recipe), session.Interrupts()
+        self.warned = set()
 
-    def resume(self) -> None:
-        """Goes on from the newest checkpoint in `out`, if there is one."""
-        found = checkpoint.find(self.out)
-        if not found:
-            return
-        state = checkpoint.read_state(found[-1])
-        if state["data"] != self.trained.fingerprint():
-            raise ValueError(
-                f"the run in '{self.out}' was begun on other pictures, captions or another base model: "
-                f"take those, or another folder"
-            )
-        checkpoint.restore(found[-1], self.unet, self.optimizer)
-        self.step, self.record = state["step"], state["record"]
+    def resume(self, found: Path, show=None) -> None:
+        """Goes on from the checkpoint `found`; one of the mirror's is copied into `out` first, the best one too."""
+        state = checkpoint.read_state(found)
+        best = state["record"]["best_step"]
+        if found.parent != self.out:
+            for path in {found, found.with_name(f"checkpoint-{best}")}:
+                if checkpoint.problem(path) is None:
+                    checkpoint.fetch(path, self.out)
+        checkpoint.restore(self.out / found.name, self.unet, self.optimizer)
+        self.step, self.record, self.saved = state["step"], state["record"], state["step"]
         self.scaler.load_state_dict(state["scaler"])
+        files.tell(show, f"goes on from {found}, at step {self.step} of {self.recipe.steps}")
 
     def to_the_end(self, show=None) -> None:
-        """Runs the updates that are left, with a checkpoint every `save_every` and at the end."""
+        """Runs the updates that are left, or as many as `max_minutes` allow.
+
+        Ctrl-C, a kernel's interrupt and SIGTERM save a checkpoint first; then KeyboardInterrupt or SystemExit is
+        raised. Raises RuntimeError for a step that isn't finite, OSError for a full disk.
+        """
+        with self.interrupts:
+            try:
+                self._loop(show)
+            except session.Interrupted:
+                self.save(show)
+                files.tell(show, f"interrupted at step {self.step} of {self.recipe.steps}, {self._kept()}")
+        self.interrupts.pass_on()
+
+    def _loop(self, show) -> None:
+        earlier = self.record["seconds"] - (time.time() - self.begun)
         if self.step == 0:
-            self._measure_holdout(show)
-        begun, earlier = time.time(), self.record["seconds"]
+            self._measure(show)
+        calibrated = self.step + session.CALIBRATION
         while self.step < self.recipe.steps:
-            loss, norm = self.update()
+            if self._over_budget():
+                self.save(show)
+                minutes = f"{self.recipe.max_minutes:g} minutes"
+                files.tell(show, f"stopped after {minutes} at step {self.step} of {self.recipe.steps}, {self._kept()}")
+                return
+            with self.forecast.timed("update"):
+                loss, norm = self._update_or_save(show)
             self.step += 1
             self.record["losses"].append(loss)
-            self.record["seconds"] = earlier + time.time() - begun
+            self.record["seconds"] = earlier + time.time() - self.begun
             if show:
-                rate = self.recipe.learning_rate(self.step - 1)
-                peak = memory.peak_gib()
-                show("training", self.step, self.recipe.steps, loss=loss, lr=rate, grad_norm=norm, peak_gib=peak)
-            if self.step == self.recipe.steps:
-                self._measure_holdout(show)
-            if self.step % self.recipe.save_every == 0 or self.step == self.recipe.steps:
-                self.save()
+                show("training", self.step, self.recipe.steps, **self._figures(loss, norm))
+            if self.step == calibrated < self.recipe.steps:
+                files.tell(show, self.forecast.sentence(self.step, self._budget_left()))
+            measured = self._due(self.recipe.measure_every)
+            if measured:
+                self._measure(show)
+            if measured or self._due(self.recipe.save_every) or self._save_overdue():
+                self.save(show)
+
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.recipe.steps
+
+    def _save_overdue(self) -> bool:
+        return 0 < self.recipe.save_minutes <= (time.time() - self.saved_at) / 60
+
+    def _figures(self, loss: float, norm: float) -> dict:
+        return {
+            "loss": loss,
+            "lr": self.recipe.learning_rate(self.step - 1),
+            "grad_norm": norm,
+            "images_per_second": self.recipe.pictures_per_step / self.forecast.update(),
+            "peak_gib": memory.peak_gib(),
+            "left": self.forecast.seconds(self.step, self.recipe.steps),
+        }
+
+    def _budget_left(self) -> float:
+        """Seconds of `max_minutes` that are left."""
+        budget = self.recipe.max_minutes * 60 or math.inf
+        return budget - (time.time() - self.begun)
+
+    def _over_budget(self) -> bool:
+        return self._budget_left() < self.forecast.update() + self.forecast.mean("save")
+
+    def _kept(self) -> str:
+        return f"kept in '{self.out / f'checkpoint-{self.saved}'}': run it again to go on"
+
+    def _update_or_save(self, show) -> tuple[float, float]:
+        try:
+            return self.update()
+        except RuntimeError:  # out of memory, or not finite: what is trained is kept
+            self.save(show)
+            raise
 
     def update(self) -> tuple[float, float]:
-        """One optimizer step over `batch * accumulation` pictures; returns its mean loss and gradient norm."""
-        draw = step.draw(self.recipe, self.step, len(self.trained), self.trained.shape)
+        """One optimizer step over `batch * accumulation` pictures; returns its mean loss and gradient norm.
+
+        If its gradients overflow, the same step is tried again at half the loss scale: a skipped update is no step.
+        Raises RuntimeError, naming pictures and timesteps, if its loss or, after some tries, its gradients are not
+        finite; the weights are then as they were.
+        """
+        draw = step.draw(self.recipe, self.step, self.trained.shapes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
         for _ in range(RETRIES):
-            loss = self._accumulate(draw)
+            losses = self._accumulate(draw)
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-            loss, norm = torch.stack([loss, norm]).tolist()  # the step's one read-back
+            *losses, norm = torch.cat([losses, norm[None]]).tolist()  # the step's one read-back
             if math.isfinite(norm):
                 self.optimizer.step()
                 self.scaler.update()
-                return loss, norm
-            if not self.scaler.is_enabled():
+                return statistics.fmean(losses), norm
+            if not (self.scaler.is_enabled() and all(map(math.isfinite, losses))):
                 break
-            self.scaler.update()  # halves the loss scale: the same step is tried again
-        raise RuntimeError(
-            f"the gradients of step {self.step} are not finite (loss {loss}); the run stops before harm is done, "
-            f"its last checkpoint is whole: lower the learning rate or look at the pictures of this step"
+            self.scaler.update()  # halves the loss scale
+        raise RuntimeError(self._not_finite(draw, losses))
+
+    def _not_finite(self, draw: step.Draw, losses: list[float]) -> str:
+        """What to say of a step that can't be taken: its pictures and timesteps, those at fault if they are known."""
+        wrong = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
+        what, places = ("loss is", wrong) if wrong else ("gradients are", range(len(losses)))
+        named = [f"'{self.trained.names[draw.indices[k]]}' (timestep {int(draw.timesteps[k])})" for k in places[:4]]
+        named += [f"{len(places) - 4} more"] if len(places) > 4 else []
+        return (
+            f"step {self.step + 1}: the {what} not finite for {' and '.join(named)}; the run stops before harm is done: "
+            f"look at these pictures, or take a lower learning rate from here"
         )
 
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
-        """Gradients of the mean loss over the whole draw, in micro-batches; returns that loss, on the device."""
+        """Gradients of the mean loss over the whole draw, in micro-batches; the losses (E,), on the device."""
         self.optimizer.zero_grad(set_to_none=True)
-        total, count = torch.zeros((), device=self.device), len(draw.indices)
-        for start in range(0, count, self.recipe.batch):
-            part = slice(start, start + self.recipe.batch)
-            inputs = self.trained.batch(
-                draw.indices[part], draw.latent_noise[part], draw.dropped[part], self.device
-            )
+        count, parts, losses = len(draw.indices), step.micro_batches(draw, self.trained.shapes, self.recipe.batch), []
+        for part in parts:
+            self.interrupts.check()
             with self._autocast():
-                losses = step.diffusion_loss(
-                    self.unet, **inputs, timesteps=draw.timesteps[part].to(self.device),
-                    noise=draw.noise[part].to(self.device), alphas_cumprod=self.alphas_cumprod,
-                )
-            loss = losses.sum() / count
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total
+                losses.append(step.diffusion_loss(self.unet, **self._inputs(draw, part)))
+            self.scaler.scale(losses[-1].sum() / count).backward()
+        order = torch.tensor([place for part in parts for place in part]).argsort()
+        return torch.cat([part.detach() for part in losses])[order.to(self.device)]
+
+    def _inputs(self, draw: step.Draw, part: list[int]) -> dict[str, torch.Tensor]:
+        """What `diffusion_loss` takes, for the pictures at the places `part` of `draw`."""
+        inputs = self.trained.batch(
+            draw.indices[part], torch.stack([draw.latent_noise[k] for k in part]), draw.dropped[part],
+            draw.flipped[part], self.device,
+        )
+        return inputs | {
+            "timesteps": draw.timesteps[part].to(self.device),
+            "noise": torch.stack([draw.noise[k] for k in part]).to(self.device),
+            "alphas_cumprod": self.alphas_cumprod,
+        }
 
     def _autocast(self):
         if self.recipe.precision == "fp16":
             return torch.autocast(self.device.type, dtype=torch.float16)
         return contextlib.nullcontext()
 
-    def _measure_holdout(self, show) -> None:
-        """Hold-out losses at this step, each picture's mean over the draws, unless they are known."""
-        if len(self.held) == 0 or str(self.step) in self.record["holdout"]:
+    def _measure(self, show) -> None:
+        """Hold-out losses (N, draws) and previews at this step; marks the best step so far."""
+        with self.forecast.timed("measure"), self.interrupts.at_once():
+            known = self.record["holdout"]
+            if len(self.held) and str(self.step) not in known:
+                with self._autocast():
+                    losses = step.holdout_losses(
+                        self.unet, self.held, self.alphas_cumprod, self.device, self.recipe.batch
+                    )
+                known[str(self.step)] = losses.tolist()
+                if show:
+                    show(f"hold-out loss {losses.mean():.4f} at step {self.step}, pictures", len(losses), len(losses))
+            means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in known.items() if k != "0"}
+            self.record["best_step"] = min(means, key=means.get) if means else None
+            self._preview(show)
+
+    def _preview(self, show) -> None:
+        """Draws the first hold-out captions as the model is now, into `out`/previews."""
+        from . import pipeline  # it stands after training, and is needed for this alone
+
+        prompts = self.held if len(self.held) else self.trained
+        count = min(self.recipe.previews, len(prompts))
+        paths = [self.out / "previews" / f"step-{self.step:06d}-{k}.jpg" for k in range(count)]
+        if all(path.exists() for path in paths):
             return
+        memory.free()
         with self._autocast():
-            losses = step.holdout_losses(self.unet, self.held, self.alphas_cumprod, self.device, self.recipe.batch)
-        self.record["holdout"][str(self.step)] = losses.mean(dim=1).tolist()
-        if show:
-            show(f"hold-out loss {losses.mean():.4f} at step {self.step}, pictures", len(self.held), len(self.held))
+            pictures = pipeline.preview(self.unet, self.recipe, prompts.prompts_of(range(count), self.device))
+        paths[0].parent.mkdir(exist_ok=True)
+        for path, picture in zip(paths, pictures, strict=True):
+            picture.save(path, quality=90)
+            self._to_mirror(path, show)
 
-    def save(self) -> Path:
-        state = {
-            "recipe": json.loads(self.recipe.to_json()),
-            "data": self.trained.fingerprint(),
-            "record": self.record,
-            "scaler": self.scaler.state_dict(),
-        }
-        return checkpoint.save(self.out, self.step, self.unet, self.optimizer, state)
+    def save(self, show=None) -> None:
+        """Writes checkpoint-<step> and its copy in the mirror, unless that is done; drops the oldest."""
+        if self.saved == self.step:
+            return
+        with self.forecast.timed("save"):
+            path = self._write(
+                {
+                    "recipe": json.loads(self.recipe.to_json()),
+                    "sources": self.sources,
+                    "record": self.record,
+                    "scaler": self.scaler.state_dict(),
+                }
+            )
+            self.saved, self.saved_at = self.step, time.time()
+            checkpoint.rotate(self.out, self.step, self.record["best_step"])
+            self._to_mirror(path, show)
 
-    def finish(self) -> dict:
-        """Saves the adapter and the record in `out`; returns the record."""
-        lora.save(self.unet, self.out)
-        lora.save_kohya(self.unet, self.out / f"{self.recipe.name}.safetensors", self.recipe.alpha)
+    def _write(self, state: dict) -> Path:
+        try:
+            return checkpoint.save(self.out, self.step, self.unet, self.optimizer, state)
+        except OSError:  # a full disk: older checkpoints make room
+            checkpoint.rotate(self.out, self.step, self.record["best_step"], keep=1)
+        try:
+            return checkpoint.save(self.out, self.step, self.unet, self.optimizer, state)
+        except OSError as error:
+            raise OSError(
+                f"checkpoint-{self.step} can't be written to '{self.out}' ({error}), the newest there is of step "
+                f"{self.saved}: make room and run it again to go on from it"
+            ) from None
+
+    def _to_mirror(self, path: Path, show) -> None:
+        """Copies a checkpoint or a file of `out` to its place in the mirror. What goes wrong there is told, once."""
+        if not self.mirror:
+            return
+        try:
+            if path.is_dir():
+                checkpoint.fetch(path, self.mirror)
+                checkpoint.rotate(self.mirror, self.step, self.record["best_step"], emptied=True)
+            else:
+                target = self.mirror / path.relative_to(self.out)
+                target.parent.mkdir(exist_ok=True)
+                files.copy_whole(path, target)
+        except OSError as error:
+            self._warn_once(f"no copy in the mirror '{self.mirror}' ({error.strerror or error}); the run goes on", show)
+
+    def _warn_once(self, text: str, show) -> None:
+        if text not in self.warned:
+            self.warned.add(text)
+            files.tell(show, text)
+
+    def finish(self, show=None) -> dict:
+        """Saves the adapter as it is now, and the record, in `out`; returns the record. Raises OSError."""
         record = self.record | {
             "recipe": json.loads(self.recipe.to_json()),
             "step": self.step,
@@ -183,27 +330,66 @@ class Run:
             "peak_gib": memory.peak_gib(),
             "adapter": str(self.out / lora.FILE),
         }
-        (self.out / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        beside = self.out / ".writing-adapter"
+        beside.mkdir(exist_ok=True)
+        lora.save(self.unet, beside)
+        lora.save_kohya(self.unet, beside / f"{self.recipe.name}.safetensors", self.recipe.alpha)
+        (beside / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        for file in sorted(beside.iterdir()):
+            files.flush(file)
+            file.replace(self.out / file.name)
+            self._to_mirror(self.out / file.name, show)
+        beside.rmdir()
         return record
 
 
-def refuse_changes(recipe: recipes.Recipe, out: Path) -> None:
-    """Raises ValueError if the run in `out` was begun with another recipe, naming the field and both values."""
-    found = checkpoint.find(out)
-    if not found:
-        return
-    state, new = checkpoint.read_state(found[-1]), json.loads(recipe.to_json())
-    for field, old in state["recipe"].items():
-        if field not in FREE_TO_CHANGE and old != new[field]:
+def sources_of(recipe: recipes.Recipe, examples: list[data.Example]) -> dict[str, str]:
+    """What the run's weights depend on beside the recipe's numbers, told by content and not by place."""
+    return {
+        "dataset": f"{len(examples)} training pictures, {data.fingerprint(examples)}",
+        "base": models.identity(recipe.base)[:16],
+        "vae": models.identity(recipe.vae or recipe.base)[:16],
+    }
+
+
+def refuse_changes(recipe: recipes.Recipe, sources: dict, state: dict, folder: Path) -> None:
+    """Raises ValueError if what is trained already was trained otherwise, naming the field and both values."""
+
+    def same(field: str, old, new) -> None:
+        if old != new:
             raise ValueError(
-                f"the run in '{out}' was begun with {field} {old!r}, not {new[field]!r}: "
-                f"take that value, or another folder"
+                f"the run in '{folder}' was begun with {field} {old!r}, not {new!r}: take that, or another folder"
             )
-    if state["step"] > recipe.steps:
+
+    old, new, done = state["recipe"], json.loads(recipe.to_json()), state["step"]
+    for field, value in old.items():
+        if field not in FREE_TO_CHANGE:
+            same(field, value, new.get(field))
+    same("batch * accumulation", old["batch"] * old["accumulation"], recipe.pictures_per_step)
+    for field, value in state["sources"].items():
+        same(field, f"{old[field]} ({value})", f"{new[field]} ({sources[field]})" if value != sources[field] else
+             f"{old[field]} ({value})")
+    if done > recipe.steps:
         raise ValueError(
-            f"the run in '{out}' is at step {state['step']}, past the {recipe.steps} of recipe '{recipe.name}': "
+            f"the run in '{folder}' is at step {done}, past the {recipe.steps} of recipe '{recipe.name}': "
             f"take another folder"
         )
+    before = recipe.replace(legs=old["legs"])
+    for k in range(done):
+        rates = (float(f"{plan.learning_rate(k):.9g}") for plan in (before, recipe))
+        same(f"legs whose learning rate in step {k + 1} is", *rates)
+
+
+def _ready(mirror: str | Path | None, show) -> Path | None:
+    """The mirror as a path, made if its parent is there; tells of one that can't be used."""
+    if not mirror:
+        return None
+    try:
+        Path(mirror).mkdir(exist_ok=True)
+        files.writable(Path(mirror))
+    except OSError as error:
+        files.tell(show, f"the mirror '{mirror}' can't be used ({error.strerror or error}); the run goes on without it")
+    return Path(mirror)
 
 
 def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
@@ -217,18 +403,6 @@ def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
     return AdamW8bit(parameters, weight_decay=1e-2)
 
 
-def writable(folder: Path) -> None:
-    """Makes `folder`. Raises PermissionError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"1")
-        os.remove(probe)
-    except OSError as error:
-        reason = error.strerror or error
-        raise PermissionError(f"can't write to the output folder '{folder}' ({reason}); choose another") from None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     from .report import Progress
@@ -236,12 +410,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m naruto_lora.train", description="Trains a recipe.")
     parser.add_argument("recipe", help=f"{', '.join(recipes.RECIPES)}, or a .json or .toml file")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it goes on")
+    parser.add_argument("--mirror", type=Path, help="a second folder for the checkpoints, on another disk")
     options = parser.parse_args(arguments)
     try:
-        record = train(options.recipe, options.out, show=Progress())
+        record = train(options.recipe, options.out, show=Progress(), mirror=options.mirror)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     print(record["adapter"])
     return 0
 

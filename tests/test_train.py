@@ -2,29 +2,22 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from naruto_lora import cache, checkpoint, lora, models, train
+from naruto_lora import cache, checkpoint, files, lora, models, pipeline, step, train
 from naruto_lora.recipe import RECIPES, Leg
 
 
-def content(file):
-    """Everything in a safetensors file; its header's order is left to chance by the format's writer."""
-    with safe_open(file, "pt") as handle:
-        metadata = json.loads(handle.metadata()["lora_adapter_metadata"])
-    metadata["unet.target_modules"].sort()
-    return metadata, {name: value.numpy().tobytes() for name, value in load_file(file).items()}
-
-
 def same_adapter(one, two):
-    return content(one / lora.FILE) == content(two / lora.FILE)
+    return (one / lora.FILE).read_bytes() == (two / lora.FILE).read_bytes()
 
 
 class Stop(Exception):
@@ -37,6 +30,25 @@ def stop_after(steps):
             raise Stop
 
     return show
+
+
+class Watcher:
+    """A display that remembers: what it was shown, and its notes. `act` is called with the step of each update."""
+
+    def __init__(self, act=lambda step: None):
+        self.seen, self.notes, self.act = [], [], act
+
+    def __call__(self, phase, done, total, **figures):
+        self.seen.append((phase, done, total, figures))
+        if phase == "training":
+            self.act(done)
+
+    def note(self, text):
+        self.notes.append(text)
+
+    @property
+    def steps(self):
+        return [done for phase, done, *_ in self.seen if phase == "training"]
 
 
 def numbers(parameters):
@@ -65,6 +77,7 @@ def test_stopped_and_resumed_is_unbroken(plan, trained, cache_folder, tmp_path, 
     record = train.train(plan, tmp_path, cache_folder)
     assert same_adapter(tmp_path, trained.folder)
     assert record["losses"] == trained.record["losses"] and record["holdout"] == trained.record["holdout"]
+    assert record["best_step"] == trained.record["best_step"]
     ours, theirs = (load_file(checkpoint.find(f)[-1] / "optimizer.safetensors") for f in (tmp_path, trained.folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -80,13 +93,13 @@ def test_legs_added_later_are_as_if_there_from_the_start(plan, trained, cache_fo
 
 
 def test_at_its_end_nothing_is_trained_again(plan, trained, cache_folder):
-    before, seen = content(trained.adapter), []
+    before, seen = trained.adapter.read_bytes(), []
     record = train.train(plan, trained.folder, cache_folder, lambda phase, *_, **__: seen.append(phase))
-    assert "training" not in seen and content(trained.adapter) == before
+    assert "training" not in seen and trained.adapter.read_bytes() == before
     assert record["losses"] == trained.record["losses"]
 
 
-@pytest.mark.parametrize("field, value", [("rank", 8), ("alpha", 4.0), ("seed", 1), ("batch", 6), ("holdout", 0.3)])
+@pytest.mark.parametrize("field, value", [("rank", 8), ("alpha", 4.0), ("seed", 1), ("flip", True)])
 def test_a_changed_field_is_refused_by_its_name_and_both_values(plan, trained, cache_folder, field, value):
     with pytest.raises(ValueError) as caught:
         train.begin(plan.replace(**{field: value}), trained.folder, cache_folder)
@@ -94,24 +107,57 @@ def test_a_changed_field_is_refused_by_its_name_and_both_values(plan, trained, c
     assert f"was begun with {field} {old!r}, not {value!r}" in str(caught.value)
 
 
+def test_what_decides_nothing_may_change(plan, trained, cache_folder):
+    free = dict(name="other", save_every=5, save_minutes=1, measure_every=3, previews=0, max_minutes=9, expect="much")
+    more = (*plan.legs, Leg(8, 5e-3))
+    assert train.begin(plan.replace(**free, legs=more), trained.folder, cache_folder).step == 6
+    same = plan.replace(batch=2, accumulation=3)  # the same pictures a step, in other pieces: a matter of memory
+    assert train.begin(same, trained.folder, cache_folder).step == 6
+    with pytest.raises(ValueError, match=r"was begun with batch \* accumulation 6, not 12"):
+        train.begin(plan.replace(batch=6), trained.folder, cache_folder)
+
+
+def test_a_leg_that_was_trained_is_fixed_a_later_one_is_not(plan, trained, cache_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"legs whose learning rate in step 1 is 0.02, not 0.01: take that"):
+        train.begin(plan.replace(legs=(Leg(4, 1e-2), plan.legs[1])), trained.folder, cache_folder)
+    with pytest.raises(ValueError, match=r"legs whose learning rate in step 6 is 0.005, not 0.00853553391"):
+        train.begin(plan.replace(legs=(plan.legs[0], Leg(8, 1e-2, "cosine"))), trained.folder, cache_folder)
+    with pytest.raises(ValueError, match="is at step 6, past the 4"):
+        train.begin(plan.replace(legs=plan.legs[:1]), trained.folder, cache_folder)
+    with pytest.raises(Stop):
+        train.train(plan, tmp_path, cache_folder, stop_after(5))  # at step 4: the second leg has not begun
+    assert train.begin(plan.replace(legs=(plan.legs[0], Leg(9, 1e-3))), tmp_path, cache_folder).step == 4
+
+
 def test_changed_data_is_refused(plan, trained, cache_folder, tmp_path):
     shutil.copytree(plan.dataset, tmp_path / "data")
     same = plan.replace(dataset=str(tmp_path / "data"))
     assert train.begin(same, trained.folder, cache_folder).step == 6  # moved, but the same pictures
     lines = (tmp_path / "data" / "metadata.jsonl").read_text().splitlines()
-    row = json.loads(lines[0])
-    lines[0] = json.dumps(row | {"text": row["text"] + " indeed"})
-    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="begun on other pictures, captions or another base model"):
+    row = json.loads(lines[-1])
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join([*lines[:-1], json.dumps(row | {"text": "other"})]))
+    with pytest.raises(ValueError, match="was begun with dataset") as caught:
         train.begin(same, trained.folder, cache_folder)
+    for named in (plan.dataset, same.dataset, "training pictures"):
+        assert named in str(caught.value)
+
+
+def test_another_base_is_refused(plan, trained, cache_folder, tmp_path):
+    other = plan.replace(base=str(tmp_path / "base"))
+    shutil.copytree(plan.base, other.base)
+    assert train.begin(other, trained.folder, cache_folder).step == 6  # moved, but the same
+    file = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.01 for name, value in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="was begun with base"):
+        train.begin(other, trained.folder, cache_folder)
 
 
 def test_accumulation_is_one_larger_batch(plan, cache_folder, tmp_path):
     gradients, losses = [], []
     for batch, accumulation in ((6, 1), (3, 2), (1, 6), (4, 2)):
         run = train.begin(plan.replace(batch=batch, accumulation=accumulation), tmp_path, cache_folder)
-        draw = train.step.draw(plan, 0, len(run.trained), run.trained.shape)
-        losses.append(run._accumulate(draw).item())
+        draw = train.step.draw(plan, 0, run.trained.shapes)
+        losses.append(run._accumulate(draw).mean().item())
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)
@@ -121,16 +167,13 @@ def test_accumulation_is_one_larger_batch(plan, cache_folder, tmp_path):
 def test_a_short_last_batch_counts_by_its_own_size(plan, cache_folder, tmp_path):
     run = train.begin(plan, tmp_path, cache_folder)
     last = train.step.steps_per_epoch(len(run.trained), plan) - 1
-    draw = train.step.draw(plan, last, len(run.trained), run.trained.shape)
+    draw = train.step.draw(plan, last, run.trained.shapes)
     count = len(draw.indices)
     assert 0 < count < plan.pictures_per_step and count % plan.batch  # short, and so is its last micro-batch
     run._accumulate(draw)
     found = torch.cat([p.grad.flatten() for p in run.parameters])
     run.unet.zero_grad()
-    inputs = run.trained.batch(draw.indices, draw.latent_noise, draw.dropped, run.device)
-    train.step.diffusion_loss(
-        run.unet, **inputs, timesteps=draw.timesteps, noise=draw.noise, alphas_cumprod=run.alphas_cumprod
-    ).mean().backward()
+    train.step.diffusion_loss(run.unet, **run._inputs(draw, list(range(count)))).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in run.parameters])
     assert (found - expected).norm() < 1e-4 * expected.norm()
 
@@ -158,20 +201,42 @@ def test_a_rate_added_on_resume_is_taken(plan, cache_folder, tmp_path):
     assert run.optimizer.param_groups[0]["lr"] == 7e-5
 
 
-def test_gradients_that_are_not_finite_stop_the_run_and_leave_the_checkpoint_whole(plan, cache_folder, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_names_its_picture_and_keeps_what_is_trained(
+    plan, trained, cache_folder, tmp_path, monkeypatch
+):
     with pytest.raises(Stop):
-        train.train(plan, tmp_path, cache_folder, stop_after(3))
-    run = train.begin(plan, tmp_path, cache_folder)
-    bad = load_file(run.trained.latents[0])
-    bad["mean"][0, 0, 0] = float("nan")
-    save_file(bad, tmp_path / "bad.safetensors")
-    run.trained = cache.Cache((tmp_path / "bad.safetensors",) * len(run.trained), run.trained.prompts)
-    weights = numbers(run.parameters)
-    with pytest.raises(RuntimeError, match=r"the gradients of step 2 are not finite \(loss nan\)") as caught:
+        train.train(plan.replace(save_every=3), tmp_path, cache_folder, stop_after(4))
+    run = train.begin(plan.replace(save_every=9), tmp_path, cache_folder)
+    draw, real, calls = step.draw(plan, 4, run.trained.shapes), step.diffusion_loss, []
+
+    def poisoned(*arguments, **inputs):
+        calls.append(1)
+        losses = real(*arguments, **inputs)
+        return losses * torch.tensor([1.0, 1.0, float("nan")]) if len(calls) == 3 else losses
+
+    monkeypatch.setattr(step, "diffusion_loss", poisoned)
+    with pytest.raises(RuntimeError) as caught:
         run.to_the_end()
-    assert "\n" not in str(caught.value) and torch.equal(numbers(run.parameters), weights)
-    assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-2"]
-    assert train.begin(plan, tmp_path, cache_folder).step == 2
+    name, timestep = run.trained.names[draw.indices[5]], draw.timesteps[5]
+    assert str(caught.value).startswith(f"step 5: the loss is not finite for '{name}' (timestep {timestep}); the run")
+    assert checkpoint.newest([tmp_path]).name == "checkpoint-4"  # all that was trained before it
+    monkeypatch.undo()
+    train.train(plan, tmp_path, cache_folder)
+    assert same_adapter(tmp_path, trained.folder)
+
+
+def test_gradients_that_stay_infinite_stop_the_run_and_change_nothing(plan, cache_folder, tmp_path):
+    run = train.begin(plan, tmp_path, cache_folder)
+    run.parameters[1].register_hook(lambda gradient: gradient * float("inf"))
+    run.scaler = torch.amp.GradScaler("cpu")
+    before, tried = numbers(run.parameters), []
+    run.unet.register_forward_hook(lambda *_: tried.append(1))
+    draw = train.step.draw(plan, 0, run.trained.shapes)
+    with pytest.raises(RuntimeError, match="step 1: the gradients are not finite for .* and 2 more; ") as caught:
+        run.update()
+    for k in range(4):
+        assert f"'{run.trained.names[draw.indices[k]]}' (timestep {draw.timesteps[k]})" in str(caught.value)
+    assert len(tried) == train.RETRIES * plan.accumulation and torch.equal(numbers(run.parameters), before)
 
 
 def test_an_overflowing_update_is_tried_again_not_counted(plan, cache_folder, tmp_path):
@@ -207,7 +272,7 @@ def test_recomputed_activations_give_the_same_gradients(plan, cache_folder, tmp_
         calls = []
         block = run.unet.mid_block.attentions[0].transformer_blocks[0]
         block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        run._accumulate(train.step.draw(plan, 0, len(run.trained), run.trained.shape))
+        run._accumulate(train.step.draw(plan, 0, run.trained.shapes))
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
         passes.append(len(calls))
     assert passes == [plan.accumulation, 2 * plan.accumulation]
@@ -232,15 +297,193 @@ def test_half_precision_takes_the_same_step(plan, base, encoded, cache_folder, t
 
 def test_without_a_holdout_nothing_is_measured(plan, cache_folder, tmp_path):
     record = train.train(plan.replace(holdout=0.0, legs=(Leg(1, 1e-3),)), tmp_path, cache_folder)
-    assert record["holdout"] == {} and record["pictures"] == {"training": 24, "holdout": 0}
+    assert record["holdout"] == {} and record["best_step"] is None
+    assert record["pictures"] == {"training": 24, "holdout": 0}
 
 
-def test_the_bar_is_shown_every_step(plan, trained, cache_folder, tmp_path):
-    seen = []
-    train.train(plan.replace(legs=(Leg(2, 1e-3),)), tmp_path, cache_folder, lambda *news, **f: seen.append((news, f)))
-    steps = [(news, figures) for news, figures in seen if news[0] == "training"]
-    assert [news for news, _ in steps] == [("training", 1, 2), ("training", 2, 2)]
-    assert all(f["lr"] == 1e-3 and f["loss"] > 0 and f["grad_norm"] > 0 and f["peak_gib"] is None for _, f in steps)
+def test_the_bar_is_shown_every_step(plan, cache_folder, tmp_path):
+    watcher = Watcher()
+    train.train(plan.replace(legs=(Leg(2, 1e-3),)), tmp_path, cache_folder, watcher)
+    steps = [(done, total, figures) for phase, done, total, figures in watcher.seen if phase == "training"]
+    assert [(done, total) for done, total, _ in steps] == [(1, 2), (2, 2)]
+    for _, _, f in steps:
+        assert f["lr"] == 1e-3 and f["loss"] > 0 and f["grad_norm"] > 0 and f["peak_gib"] is None
+        assert f["images_per_second"] > 0 and f["left"] is None  # too early to tell
+
+
+@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interrupt_saves_first_and_the_run_goes_on_bit_for_bit(
+    plan, trained, cache_folder, tmp_path, number, raised
+):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    watcher = Watcher(lambda step: signal.raise_signal(number) if step == 3 else None)
+    with pytest.raises(raised):
+        train.train(plan, tmp_path, cache_folder, watcher)
+    assert checkpoint.newest([tmp_path]).name == "checkpoint-3" and watcher.steps == [1, 2, 3]
+    assert f"interrupted at step 3 of 6, kept in '{tmp_path / 'checkpoint-3'}': run it again" in watcher.notes[-1]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    again = Watcher()
+    train.train(plan, tmp_path, cache_folder, again)
+    assert again.steps == [4, 5, 6] and same_adapter(tmp_path, trained.folder)
+    assert again.notes[0] == f"goes on from {tmp_path / 'checkpoint-3'}, at step 3 of 6"
+
+
+def test_an_interrupt_amid_a_step_leaves_that_step_out(plan, trained, cache_folder, tmp_path, monkeypatch):
+    real, calls = step.diffusion_loss, []
+
+    def interrupting(*arguments, **inputs):
+        calls.append(1)
+        if len(calls) == 5:  # step 2's first micro-batch
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **inputs)
+
+    monkeypatch.setattr(step, "diffusion_loss", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        run = train.begin(plan, tmp_path, cache_folder)
+        run.record["holdout"]["0"] = trained.record["holdout"]["0"]
+        run.to_the_end()
+    assert len(calls) == 5 and checkpoint.newest([tmp_path]).name == "checkpoint-2"
+    monkeypatch.undo()
+    train.train(plan, tmp_path, cache_folder)
+    assert same_adapter(tmp_path, trained.folder)
+
+
+def test_measuring_does_not_make_an_interrupt_wait(plan, cache_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "holdout_losses", lambda *_: signal.raise_signal(signal.SIGINT))
+    run = train.begin(plan, tmp_path, cache_folder)
+    with pytest.raises(KeyboardInterrupt):
+        run.to_the_end()
+    assert run.record["holdout"] == {} and run.step == 0
+
+
+def test_the_budget_stops_the_run_cleanly(plan, trained, cache_folder, tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    short = plan.replace(max_minutes=2)
+    watcher = Watcher(lambda step: clock.__setitem__(0, clock[0] + 50))  # seconds a step
+    record = train.train(short, tmp_path, cache_folder, watcher)
+    assert record["step"] == 3 and (tmp_path / lora.FILE).is_file()  # 150 s: what is there is given
+    assert watcher.notes[-1].startswith("stopped after 2 minutes at step 3 of 6, kept in") and "go on" in watcher.notes[-1]
+    monkeypatch.undo()
+    assert train.train(short, tmp_path, cache_folder)["step"] == 6  # a budget is a session's
+    assert same_adapter(tmp_path, trained.folder)
+
+
+def test_a_checkpoint_also_comes_by_the_clock(plan, cache_folder, tmp_path, monkeypatch):
+    clock, saved = [1000.0], []
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    real = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda folder, k, *rest: saved.append(k) or real(folder, k, *rest))
+    rare = plan.replace(save_every=100, save_minutes=1.5)
+    train.train(rare, tmp_path, cache_folder, Watcher(lambda step: clock.__setitem__(0, clock[0] + 50)))
+    assert saved == [2, 4, 6]
+
+
+def test_the_mirror_alone_is_enough(plan, trained, cache_folder, tmp_path):
+    out, mirror = tmp_path / "local" / "run", tmp_path / "drive" / "run"
+    mirror.parent.mkdir()
+    with pytest.raises(Stop):
+        train.train(plan, out, cache_folder, stop_after(5), mirror)
+    shutil.rmtree(out.parent)  # the machine is gone
+    watcher = Watcher()
+    record = train.train(plan, out, cache_folder, watcher, mirror)
+    assert watcher.steps == [5, 6] and watcher.notes[0].startswith(f"goes on from {mirror / 'checkpoint-4'}, at step 4")
+    assert same_adapter(out, trained.folder) and record["losses"] == trained.record["losses"]
+    for name in (lora.FILE, f"{plan.name}.safetensors", "run.json", "previews/step-000006-1.jpg"):
+        assert (mirror / name).read_bytes() == (out / name).read_bytes(), name
+    assert checkpoint.newest([mirror]).name == "checkpoint-6"
+
+
+def test_the_newer_of_both_places_is_taken(plan, trained, cache_folder, tmp_path):
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    with pytest.raises(Stop):
+        train.train(plan, out, cache_folder, stop_after(5), mirror)
+    shutil.rmtree(mirror / "checkpoint-4")
+    assert train.begin(plan, out, cache_folder, mirror=mirror).step == 4
+    (out / "checkpoint-4" / "state.json").write_text("{}")
+    watcher = Watcher()
+    run = train.begin(plan, out, cache_folder, watcher, mirror)
+    assert run.step == 2 and watcher.notes == [
+        f"{out / 'checkpoint-4'} is passed over: state.json damaged",
+        f"goes on from {out / 'checkpoint-2'}, at step 2 of 6",
+    ]
+    run.to_the_end(watcher)
+    run.finish()
+    assert same_adapter(out, trained.folder) and checkpoint.newest([mirror]).name == "checkpoint-6"
+
+
+def test_a_mirror_that_is_gone_or_full_is_told_once_and_stops_nothing(plan, trained, cache_folder, tmp_path, monkeypatch):
+    watcher, nowhere = Watcher(), tmp_path / "not" / "mounted"
+    train.train(plan, tmp_path / "one", cache_folder, watcher, nowhere)
+    assert same_adapter(tmp_path / "one", trained.folder) and not nowhere.parent.exists()
+    told = [text for text in watcher.notes if str(nowhere) in text]
+    assert "can't be used (No such file or directory)" in told[0] and len(told) == 2 and "the run goes on" in told[1]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "copy_whole", full)
+    watcher, mirror = Watcher(), tmp_path / "mirror"
+    train.train(plan, tmp_path / "two", cache_folder, watcher, mirror)
+    assert same_adapter(tmp_path / "two", trained.folder) and not checkpoint.find(mirror)
+    assert [t for t in watcher.notes if "mirror" in t] == [
+        f"no copy in the mirror '{mirror}' (No space left on device); the run goes on"
+    ]
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence_and_what_was_kept(plan, trained, cache_folder, tmp_path, monkeypatch):
+    real = checkpoint.save
+
+    def full(folder, k, *rest):
+        if k > 4:
+            raise OSError("No space left on device")
+        return real(folder, k, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-6 can't be written to '.*' \(No space left on device\)") as caught:
+        train.train(plan, tmp_path, cache_folder)
+    assert "the newest there is of step 4: make room and run it again" in str(caught.value)
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == [4]  # the older made room, in vain
+    monkeypatch.undo()
+    train.train(plan, tmp_path, cache_folder)
+    assert same_adapter(tmp_path, trained.folder)
+
+
+def test_the_best_step_is_marked_and_its_checkpoint_kept(plan, cache_folder, tmp_path, monkeypatch):
+    means = iter((1.0, 0.9, 0.5, 0.7, 0.6, 0.8, 0.9))
+    monkeypatch.setattr(step, "holdout_losses", lambda *_: torch.full((3, 4), next(means)))
+    long = plan.replace(legs=(Leg(12, 1e-3),), measure_every=2, save_every=1, previews=0)
+    record = train.train(long, tmp_path, cache_folder)
+    assert list(record["holdout"]) == ["0", "2", "4", "6", "8", "10", "12"] and record["best_step"] == 4
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == [4, 10, 11, 12]
+    assert checkpoint.read_state(tmp_path / "checkpoint-12")["record"]["best_step"] == 4
+
+
+def test_previews_are_drawn_as_the_pipeline_draws(plan, trained, examples):
+    pipe = pipeline.load(plan.base, adapters={"style": trained.folder})
+    look = dict(steps=20, guidance_scale=4.0, resolution=plan.resolution)
+    base, style = (np.asarray(pipeline.draw(pipe, [examples[1][1].caption], 1, a, **look)[0], float)
+                   for a in ("base", "style"))
+    for number, same, other in ((0, base, style), (6, style, base)):
+        drawn = Image.open(trained.folder / "previews" / f"step-{number:06d}-1.jpg")
+        assert drawn.size == (plan.resolution, plan.resolution)
+        assert np.abs(drawn - same).mean() < 10 < 20 < np.abs(drawn - other).mean()  # JPEG's loss, another picture
+    names = sorted(path.name for path in (trained.folder / "previews").iterdir())
+    assert names == [f"step-{k:06d}-{n}.jpg" for k in (0, 6) for n in (0, 1)]
+
+
+def test_the_end_loads_no_second_model(plan, cache_folder, tmp_path, monkeypatch):
+    """The stock script loads a whole pipeline there, and can run out of memory after hours."""
+    run = train.begin(plan, tmp_path, cache_folder)
+
+    def refuse(*_, **__):
+        raise MemoryError
+
+    for name in ("_load", "load_unet", "load_vae", "load_text_encoders"):
+        monkeypatch.setattr(models, name, refuse)
+    monkeypatch.setattr(run, "_preview", lambda show: None)
+    run.to_the_end()
+    assert run.finish()["step"] == 6 and (tmp_path / lora.FILE).is_file()
 
 
 def test_the_module_runs_as_a_command(plan, tmp_path):

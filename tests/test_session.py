@@ -1,0 +1,105 @@
+"""Interrupts that wait for a whole state, and a forecast that adds up."""
+
+import signal
+import threading
+
+import pytest
+
+from naruto_lora import session
+from naruto_lora.recipe import Leg, Recipe
+
+
+def plan(**changes):
+    legs = (Leg(300, 1e-4), Leg(600, 3e-5, "cosine"))
+    return Recipe("few", legs, precision="fp32", save_every=30, measure_every=90).replace(**changes)
+
+
+def known(recipe, update=2.0, measure=10.0, save=1.0):
+    forecast = session.Forecast(recipe)
+    forecast.spent = {"update": [9.0] + [update] * 9, "measure": [measure], "save": [save, save]}
+    return forecast
+
+
+def test_seconds_to_come_count_updates_measurements_and_checkpoints():
+    forecast = known(plan())
+    assert forecast.seconds(10, 29) == 19 * 2
+    assert forecast.seconds(10, 30) == 20 * 2 + 1
+    assert forecast.seconds(10, 90) == 80 * 2 + 3 * 1 + 10
+    assert forecast.seconds(590, 600) == 10 * 2 + 1 + 10  # the last is measured, and saved once
+    assert forecast.seconds(600, 600) == 0
+
+
+def test_too_few_updates_tell_nothing():
+    forecast = session.Forecast(plan())
+    assert forecast.update() == 0.0 and forecast.mean("save") == 0.0
+    for _ in range(session.CALIBRATION):
+        assert forecast.seconds(0, 10) is None
+        with forecast.timed("update"):
+            pass
+    assert forecast.seconds(0, 10) >= 0
+
+
+def test_what_failed_is_not_timed():
+    forecast = session.Forecast(plan())
+    with pytest.raises(RuntimeError), forecast.timed("update"):
+        raise RuntimeError
+    assert forecast.spent["update"] == []
+
+
+def test_the_sentence_names_each_legs_end_and_the_next_checkpoint():
+    text = known(plan()).sentence(5, float("inf"))
+    assert text == "2 s a step: step 300 in 10 min 30 s, step 600 in 21 min 20 s; next checkpoint in 51 s"
+    assert known(plan()).sentence(300, float("inf")).startswith("2 s a step: step 600 in 10 min 50 s; next")
+
+
+def test_the_sentence_says_where_a_budget_ends():
+    forecast = known(plan(max_minutes=5))
+    assert forecast.sentence(5, 300).endswith("; the 5 minutes end near step 148")
+    assert forecast.seconds(5, 148) <= 300 < forecast.seconds(5, 149)
+    assert "end near" not in forecast.sentence(5, 3600)
+
+
+def test_a_signal_waits_for_a_check_and_a_second_one_does_not():
+    interrupts = session.Interrupts()
+    with interrupts:
+        interrupts.check()
+        signal.raise_signal(signal.SIGINT)  # nothing happens yet
+        with pytest.raises(session.Interrupted):
+            interrupts.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        interrupts.pass_on()
+
+
+def test_inside_at_once_it_does_not_wait():
+    interrupts = session.Interrupts()
+    with interrupts, pytest.raises(session.Interrupted), interrupts.at_once():
+        signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        interrupts.pass_on()
+    assert caught.value.code == 143
+
+
+def test_handlers_are_put_back_and_an_old_signal_is_forgotten():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    interrupts = session.Interrupts()
+    for _ in range(2):
+        with interrupts:
+            interrupts.check()
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_off_the_main_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with session.Interrupts() as interrupts:
+            seen.append(signal.getsignal(signal.SIGINT))
+            interrupts.check()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [before]
