@@ -36,6 +36,20 @@ def storage(folder: str, interactive: bool = True) -> Path:
     return path.resolve()
 
 
+def places(folder: str, interactive: bool = True) -> tuple[Path, Path | None]:
+    """(where to train, the mirror that outlives this machine or None) for runs under `folder`.
+
+    On Colab, with somebody at the browser, training works on the machine's own disk and the mirror is on Drive.
+    Raises PermissionError if nothing can be written there.
+    """
+    kept = storage(folder, interactive)
+    if not (on_colab() and interactive) or Path(folder).expanduser().is_absolute():
+        return kept, None
+    here = Path("/content") / folder
+    writable(here)
+    return here, kept
+
+
 def machine(folder: str | Path = ".") -> list[dict]:
     """Rows for a table: GPU, memory, disk, versions."""
     import torch

@@ -49,6 +49,23 @@ def test_on_colab_results_go_to_drive_where_somebody_can_answer(on_colab, tmp_pa
     assert on_colab == ["/content/drive"]
 
 
+def test_on_colab_training_is_on_the_machines_own_disk_and_mirrored_on_drive(on_colab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert colab.places("runs", interactive=False) == (tmp_path / "runs", None)
+    assert colab.places(str(tmp_path / "own")) == (tmp_path / "own", None)  # an absolute path is as it is
+    assert on_colab == []
+    monkeypatch.setattr(colab, "Path", _under(tmp_path))
+    here, mirror = colab.places("runs")
+    assert here == tmp_path / "content/runs" and mirror == colab.storage("runs") != here
+    assert here.is_dir() and mirror.is_dir()
+
+
+def test_elsewhere_there_is_no_mirror(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert colab.places("runs") == (tmp_path / "runs", None)
+
+
 def _under(root):
     """`Path`, with /content moved below `root`."""
     from pathlib import Path
