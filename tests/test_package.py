@@ -13,8 +13,8 @@ import naruto_lora
 FOLDER = Path(naruto_lora.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython")
-ORDER = ("recipe", "data", "models", "memory", "cache", "lora", "step", "checkpoint", "train", "pipeline", "compare",
-         "metrics", "report", "colab")
+ORDER = ("files", "recipe", "data", "models", "memory", "cache", "lora", "step", "checkpoint", "train", "pipeline",
+         "compare", "metrics", "report", "colab")
 
 
 def run(code, cwd):
