@@ -46,7 +46,7 @@ def begin(recipe: recipes.Recipe | str, out: str | Path, cache_folder: str | Pat
     models.check_base(recipe.base, recipe.vae)
     examples, held = data.split(data.load(recipe.dataset), recipe.holdout)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
-    encoded = cache.encode(examples + held, recipe, folder, show)
+    encoded = cache.encode(examples + held, recipe, folder, show, held=len(held))
     trained, held = encoded.part(0, len(examples)), encoded.part(len(examples), len(encoded))
 
     memory.free()
@@ -108,7 +108,7 @@ class Run:
 
     def update(self) -> tuple[float, float]:
         """One optimizer step over `batch * accumulation` pictures; returns its mean loss and gradient norm."""
-        draw = step.draw(self.recipe, self.step, len(self.trained), self.trained.shape)
+        draw = step.draw(self.recipe, self.step, self.trained.shapes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
         for _ in range(RETRIES):
@@ -132,15 +132,15 @@ class Run:
         """Gradients of the mean loss over the whole draw, in micro-batches; returns that loss, on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         total, count = torch.zeros((), device=self.device), len(draw.indices)
-        for start in range(0, count, self.recipe.batch):
-            part = slice(start, start + self.recipe.batch)
+        for part in step.micro_batches(draw, self.trained.shapes, self.recipe.batch):
+            noise, latent_noise = ([rows[place] for place in part] for rows in (draw.noise, draw.latent_noise))
             inputs = self.trained.batch(
-                draw.indices[part], draw.latent_noise[part], draw.dropped[part], self.device
+                draw.indices[part], latent_noise, draw.dropped[part], draw.flipped[part], self.device
             )
             with self._autocast():
                 losses = step.diffusion_loss(
                     self.unet, **inputs, timesteps=draw.timesteps[part].to(self.device),
-                    noise=draw.noise[part].to(self.device), alphas_cumprod=self.alphas_cumprod,
+                    noise=torch.stack(noise).to(self.device), alphas_cumprod=self.alphas_cumprod,
                 )
             loss = losses.sum() / count
             self.scaler.scale(loss).backward()

@@ -1,5 +1,6 @@
 """The loop: resumed = unbroken, accumulation = a larger batch, and nothing lost when it can't go on."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from naruto_lora import cache, checkpoint, lora, models, train
+from naruto_lora import checkpoint, lora, models, train
 from naruto_lora.recipe import RECIPES, Leg
 
 
@@ -110,7 +111,7 @@ def test_accumulation_is_one_larger_batch(plan, cache_folder, tmp_path):
     gradients, losses = [], []
     for batch, accumulation in ((6, 1), (3, 2), (1, 6), (4, 2)):
         run = train.begin(plan.replace(batch=batch, accumulation=accumulation), tmp_path, cache_folder)
-        draw = train.step.draw(plan, 0, len(run.trained), run.trained.shape)
+        draw = train.step.draw(plan, 0, run.trained.shapes)
         losses.append(run._accumulate(draw).item())
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
@@ -121,15 +122,15 @@ def test_accumulation_is_one_larger_batch(plan, cache_folder, tmp_path):
 def test_a_short_last_batch_counts_by_its_own_size(plan, cache_folder, tmp_path):
     run = train.begin(plan, tmp_path, cache_folder)
     last = train.step.steps_per_epoch(len(run.trained), plan) - 1
-    draw = train.step.draw(plan, last, len(run.trained), run.trained.shape)
+    draw = train.step.draw(plan, last, run.trained.shapes)
     count = len(draw.indices)
     assert 0 < count < plan.pictures_per_step and count % plan.batch  # short, and so is its last micro-batch
     run._accumulate(draw)
     found = torch.cat([p.grad.flatten() for p in run.parameters])
     run.unet.zero_grad()
-    inputs = run.trained.batch(draw.indices, draw.latent_noise, draw.dropped, run.device)
+    inputs = run.trained.batch(draw.indices, draw.latent_noise, draw.dropped, draw.flipped, run.device)
     train.step.diffusion_loss(
-        run.unet, **inputs, timesteps=draw.timesteps, noise=draw.noise, alphas_cumprod=run.alphas_cumprod
+        run.unet, **inputs, timesteps=draw.timesteps, noise=torch.stack(draw.noise), alphas_cumprod=run.alphas_cumprod
     ).mean().backward()
     expected = torch.cat([p.grad.flatten() for p in run.parameters])
     assert (found - expected).norm() < 1e-4 * expected.norm()
@@ -162,10 +163,14 @@ def test_gradients_that_are_not_finite_stop_the_run_and_leave_the_checkpoint_who
     with pytest.raises(Stop):
         train.train(plan, tmp_path, cache_folder, stop_after(3))
     run = train.begin(plan, tmp_path, cache_folder)
-    bad = load_file(run.trained.latents[0])
-    bad["mean"][0, 0, 0] = float("nan")
-    save_file(bad, tmp_path / "bad.safetensors")
-    run.trained = cache.Cache((tmp_path / "bad.safetensors",) * len(run.trained), run.trained.prompts)
+    key = run.trained.latents[0]
+    nan = torch.full(run.trained.shapes[0], float("nan"))
+    save_file(
+        {f"{key}.mean": nan, f"{key}.std": torch.zeros_like(nan), f"{key}.time_ids": torch.zeros(6)},
+        tmp_path / "bad.safetensors",
+    )
+    shards = run.trained.shards | {key: safe_open(tmp_path / "bad.safetensors", "pt")}
+    run.trained = dataclasses.replace(run.trained, latents=(key,) * len(run.trained), shards=shards)
     weights = numbers(run.parameters)
     with pytest.raises(RuntimeError, match=r"the gradients of step 2 are not finite \(loss nan\)") as caught:
         run.to_the_end()
@@ -207,7 +212,7 @@ def test_recomputed_activations_give_the_same_gradients(plan, cache_folder, tmp_
         calls = []
         block = run.unet.mid_block.attentions[0].transformer_blocks[0]
         block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        run._accumulate(train.step.draw(plan, 0, len(run.trained), run.trained.shape))
+        run._accumulate(train.step.draw(plan, 0, run.trained.shapes))
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
         passes.append(len(calls))
     assert passes == [plan.accumulation, 2 * plan.accumulation]
@@ -219,9 +224,8 @@ def test_half_precision_takes_the_same_step(plan, base, encoded, cache_folder, t
     whole = train.begin(plan, tmp_path, cache_folder)
     unet = models.load_unet(base, torch.float16, torch.device("cpu"))
     parameters = lora.inject(unet, plan.rank, plan.alpha, plan.seed)
-    nothing = cache.Cache((), ())
     half = train.Run(
-        plan.replace(precision="fp16"), tmp_path, unet, parameters, encoded, nothing, torch.device("cpu")
+        plan.replace(precision="fp16"), tmp_path, unet, parameters, encoded, encoded.part(0, 0), torch.device("cpu")
     )
     (loss, norm), (half_loss, half_norm) = whole.update(), half.update()
     assert half.scaler.is_enabled() and {p.dtype for p in half.parameters} == {torch.float32}
