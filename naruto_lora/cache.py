@@ -1,116 +1,138 @@
-"""Encode once: captions to prompt_embeds and pooled, pictures to latents, on disk, keyed by what made them."""
+"""Encode once: captions to prompt_embeds and pooled, pictures to latents, in shards keyed by what made them."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from . import data, memory, models
+from . import data, files, memory, models
+
+SHARD_BYTES, SHARD_ENTRIES = 16 * 2**20, 64  # a shard is full at either: some 50 captions or 64 pictures at 1024 px
+ABANDONED = 3600.0  # seconds after which a file that is still being written belongs to no living run
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Encoded examples, one file a picture and one a caption, read when first asked for and then kept.
+    """Encoded examples: the keys of their entries in memory-mapped shards, read from disk when asked for."""
 
-    At 1024 px that is 0.6 MB an example: 0.7 GB of host memory for 1,221.
-    """
-
-    latents: tuple[Path, ...]
-    prompts: tuple[Path, ...]
-    loaded: dict = field(default_factory=dict, repr=False, compare=False)
-
-    def _read(self, path: Path) -> dict[str, torch.Tensor]:
-        if path not in self.loaded:
-            self.loaded[path] = load_file(path)
-        return self.loaded[path]
+    names: tuple[str, ...]  # of the examples, for messages
+    shapes: tuple[tuple[int, int, int], ...]  # each latent's (4, h, w)
+    latents: tuple[str, ...]  # keys: 32 hex digits each
+    mirrored: tuple[str, ...]  # keys of the mirrored pictures; a picture's own where it is never flipped
+    prompts: tuple[str, ...]
+    shards: dict[str, safe_open] = field(repr=False, compare=False)  # by key
 
     def part(self, start: int, stop: int) -> Cache:
         """The examples from `start` up to `stop`."""
-        return Cache(self.latents[start:stop], self.prompts[start:stop])
+        columns = (self.names, self.shapes, self.latents, self.mirrored, self.prompts)
+        return Cache(*(column[start:stop] for column in columns), self.shards)
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def fingerprint(self) -> str:
-        """Sixteen hex digits of which pictures and captions these are, and what encoded them."""
-        names = "|".join(path.name for path in self.latents + self.prompts)
-        return hashlib.sha256(names.encode()).hexdigest()[:16]
+    def batch(self, indices, latent_noise, dropped: torch.Tensor, flipped: torch.Tensor, device) -> dict:
+        """The inputs of `diffusion_loss` for `indices`, whose latents have one shape, on `device`.
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """A latent's (4, h, w)."""
-        return tuple(self._read(self.latents[0])["mean"].shape)
-
-    def batch(self, indices, latent_noise: torch.Tensor, dropped: torch.Tensor, device) -> dict[str, torch.Tensor]:
-        """The inputs of `diffusion_loss` for `indices`, on `device`.
-
-        Latents are sampled from the VAE's distribution by `latent_noise` (B, 4, h, w); where `dropped` (B,) the
-        caption is zeros, as SDXL's pipeline does for an empty negative prompt.
+        Latents are sampled from the VAE's distribution by `latent_noise`, B times (4, h, w); where `dropped` (B,) the
+        caption is zeros, as SDXL's pipeline does for an empty negative prompt; where `flipped` (B,) the picture is
+        mirrored.
         """
-        pictures = [self._read(self.latents[i]) for i in indices]
-        prompts = [self._read(self.prompts[i]) for i in indices]
-        mean, std = (torch.stack([p[name].float() for p in pictures]) for name in ("mean", "std"))
-        kept = (~dropped).float()
-        embeds = torch.stack([p["prompt_embeds"] for p in prompts])
-        pooled = torch.stack([p["pooled"] for p in prompts])
+        turned = zip(indices, flipped.tolist(), strict=True)
+        pictures = [self.mirrored[i] if turn else self.latents[i] for i, turn in turned]
+        prompts = [self.prompts[i] for i in indices]
+        mean, std = (self._stack(pictures, name).float() for name in ("mean", "std"))
+        embeds, pooled = (self._stack(prompts, name) for name in ("prompt_embeds", "pooled"))
+        kept = (~dropped).to(embeds.dtype)
         batch = {
-            "latents": mean + std * latent_noise,  # (B, 4, h, w)
-            "prompt_embeds": embeds * kept[:, None, None].to(embeds.dtype),  # (B, L, D)
-            "pooled": pooled * kept[:, None].to(pooled.dtype),  # (B, P)
-            "time_ids": torch.stack([p["time_ids"] for p in pictures]),  # (B, 6)
+            "latents": mean + std * torch.stack(tuple(latent_noise)),  # (B, 4, h, w)
+            "prompt_embeds": embeds * kept[:, None, None],  # (B, L, D)
+            "pooled": pooled * kept[:, None],  # (B, P)
+            "time_ids": self._stack(pictures, "time_ids"),  # (B, 6)
         }
         return {name: value.to(device) for name, value in batch.items()}
 
+    def prompts_of(self, indices, device) -> dict[str, torch.Tensor]:
+        """prompt_embeds (B, L, D) and pooled (B, P) of `indices`, on `device`."""
+        keys = [self.prompts[i] for i in indices]
+        return {name: self._stack(keys, name).to(device) for name in ("prompt_embeds", "pooled")}
 
-def encode(examples: list[data.Example], recipe, folder: str | Path, show=None) -> Cache:
+    def _stack(self, keys: list[str], name: str) -> torch.Tensor:
+        return torch.stack([self.shards[key].get_tensor(f"{key}.{name}") for key in keys])
+
+
+def encode(examples: list[data.Example], recipe, folder: str | Path, show=None, mirror=None, held: int = 0) -> Cache:
     """Encodes what `folder` lacks, text first, then pictures, each encoder freed after its turn.
 
-    `show(phase, done, total)` is called after each batch. A killed run goes on: finished files stay.
-    Raises ValueError for an unreadable picture or a latent that is not finite, naming the picture.
+    With the recipe's `flip`, pictures are encoded mirrored as well, but for the last `held`, the hold-out.
+    `mirror`, a folder whose parent exists (as on Google Drive), gets a copy of each shard and gives back lost ones.
+    `show(phase, done, total)` is called after each batch. A killed run goes on: finished shards stay.
+    Raises ValueError for an unreadable picture or a latent that is not finite, naming the picture, and OSError for
+    a folder that is full or can't be written.
     """
-    folder = Path(folder)
-    device, dtype = models.device_for(recipe.precision), models.DTYPES[recipe.precision]
     text_key = f"{models.identity(recipe.base)}|{recipe.precision}"
     vae_key = f"{models.identity(recipe.vae or recipe.base)}|{recipe.precision}|{recipe.resolution}"
-    prompts = [folder / "prompts" / _name(text_key, e.caption.encode()) for e in examples]
-    latents = [folder / "latents" / _name(vae_key, e.read()) for e in examples]
-    for kind in ("prompts", "latents"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
+    vae_key += "|buckets" if recipe.buckets else ""
+    prompts = tuple(_key(text_key, e.caption.encode()) for e in examples)
+    latents = tuple(_key(vae_key, e.read()) for e in examples)
+    flips = len(examples) - held if recipe.flip else 0
+    mirrored = tuple(_key("mirrored", key.encode()) for key in latents[:flips]) + latents[flips:]
 
-    missing = {path: e.caption for path, e in zip(prompts, examples, strict=True) if not path.exists()}
-    if missing:
-        encoders = models.load_text_encoders(recipe.base, dtype, device)
-        _in_batches(missing, 16, "captions", show, lambda texts: encode_prompts(encoders, texts))
-        del encoders
-        memory.free()
-    missing = {path: e for path, e in zip(latents, examples, strict=True) if not path.exists()}
-    if missing:
-        vae = models.load_vae(recipe.base, recipe.vae, dtype, device)
-        size = max(1, min(32, 1024**2 // recipe.resolution**2))
-        _in_batches(missing, size, "pictures", show, lambda batch: encode_pictures(vae, batch, recipe.resolution))
-        del vae
-        memory.free()
-    return Cache(tuple(latents), tuple(prompts))
+    captions = {key: e.caption for key, e in zip(prompts, examples, strict=True)}
+    pictures = dict(zip(latents, examples, strict=True))
+    pictures |= {key: replace(e, mirrored=True) for key, e in zip(mirrored[:flips], examples[:flips], strict=True)}
+    copies = _Mirror(mirror, show)
+    shards = {}
+    for kind, wanted, encoded in (("captions", captions, _captions), ("pictures", pictures, _pictures)):
+        place = Path(folder) / ("prompts" if kind == "captions" else "latents")
+        found = _found(place, wanted, copies, show)
+        missing = {key: item for key, item in wanted.items() if key not in found}
+        if missing:
+            _fill(place, missing, encoded(missing, recipe), kind, copies, show)
+            memory.free()
+            found = _by_key(_open(place, show))
+        shards |= {key: found[key] for key in wanted}
+    shapes = tuple(tuple(shards[key].get_slice(f"{key}.mean").get_shape()) for key in latents)
+    return Cache(tuple(e.name for e in examples), shapes, latents, mirrored, prompts, shards)
 
 
-def _name(key: str, content: bytes) -> str:
-    return hashlib.sha256(key.encode() + b"\0" + content).hexdigest()[:32] + ".safetensors"
+def _key(kind: str, content: bytes) -> str:
+    return hashlib.sha256(kind.encode() + b"\0" + content).hexdigest()[:32]
 
 
-def _in_batches(missing: dict[Path, object], size: int, phase: str, show, encoder) -> None:
-    paths = list(missing)
-    for start in range(0, len(paths), size):
-        part = paths[start : start + size]
-        for path, tensors in zip(part, encoder([missing[path] for path in part]), strict=True):
-            temporary = path.with_suffix(".writing")
-            save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, temporary)
-            temporary.rename(path)
-        if show:
-            show(phase, start + len(part), len(paths))
+Encoded = Iterator[tuple[list[str], list[dict[str, torch.Tensor]]]]  # keys and tensors, a batch at a time
+
+
+def _captions(missing: dict[str, str], recipe) -> Encoded:
+    device, dtype = models.device_for(recipe.precision), models.DTYPES[recipe.precision]
+    encoders = models.load_text_encoders(recipe.base, dtype, device)
+    for keys in _parts(list(missing), 16):
+        yield keys, encode_prompts(encoders, [missing[key] for key in keys])
+
+
+def _pictures(missing: dict[str, data.Example], recipe) -> Encoded:
+    device, dtype = models.device_for(recipe.precision), models.DTYPES[recipe.precision]
+    vae = models.load_vae(recipe.base, recipe.vae, dtype, device)
+    side = recipe.resolution
+    sizes: dict[tuple[int, int], list[str]] = {}
+    for key, example in missing.items():
+        size = data.bucket(example.size(), side) if recipe.buckets else (side, side)
+        sizes.setdefault(size, []).append(key)
+    for size, keys in sizes.items():
+        for part in _parts(keys, max(1, min(32, 1024**2 // side**2))):
+            yield part, encode_pictures(vae, [missing[key] for key in part], size)
+
+
+def _parts(rows: list, size: int) -> list[list]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 @torch.no_grad()
@@ -131,9 +153,9 @@ def encode_prompts(encoders, texts: list[str]) -> list[dict[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def encode_pictures(vae, examples: list[data.Example], resolution: int) -> list[dict[str, torch.Tensor]]:
-    """Latents' mean and std (4, h, w), scaled for the U-Net, and time_ids (6,), for each example."""
-    crops = [data.crop(example.image(), resolution) for example in examples]
+def encode_pictures(vae, examples: list[data.Example], size) -> list[dict[str, torch.Tensor]]:
+    """Latents' mean and std (4, h, w), scaled for the U-Net, and time_ids (6,), for each example cropped to `size`."""
+    crops = [data.crop(example.image(), size) for example in examples]
     images = data.pixels([image for image, _ in crops]).to(vae.device, vae.dtype)
     posterior = vae.encode(images).latent_dist
     scale = vae.config.scaling_factor
@@ -145,3 +167,113 @@ def encode_pictures(vae, examples: list[data.Example], resolution: int) -> list[
             )
         rows.append({"mean": mean * scale, "std": std * scale, "time_ids": torch.tensor(ids, dtype=torch.float32)})
     return rows
+
+
+class _Shard(NamedTuple):
+    path: Path
+    open: safe_open
+    keys: set[str]
+
+
+def _open(folder: Path, show) -> list[_Shard]:
+    """The shards in `folder`, memory-mapped; one that is broken is told of and removed."""
+    shards = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            opened = safe_open(path, "pt")
+        except FileNotFoundError:  # another run has found it broken too
+            continue
+        except SafetensorError as error:
+            files.tell(show, f"'{path}' in the cache is broken ({error}): it is removed, its entries are made again")
+            path.unlink(missing_ok=True)
+            continue
+        shards.append(_Shard(path, opened, {name.rpartition(".")[0] for name in opened.keys()}))
+    return shards
+
+
+def _by_key(shards: Iterable[_Shard]) -> dict[str, safe_open]:
+    return {key: shard.open for shard in shards for key in shard.keys}
+
+
+def _found(folder: Path, wanted: Iterable[str], copies: _Mirror, show) -> dict[str, safe_open]:
+    """{key: its shard} of what `folder`, which is made, and the mirror hold."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.writing"):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+    except OSError as error:
+        raise OSError(f"the cache folder '{folder}' can't be used ({error.strerror}): choose another") from None
+    copies.exchange(folder, set(wanted))
+    return _by_key(_open(folder, show))
+
+
+def _fill(folder: Path, missing: dict, encoded: Encoded, phase: str, copies: _Mirror, show) -> None:
+    """Writes what `encoded` yields for `missing` into shards, each as soon as it is full."""
+    entries, done = {}, 0
+    for keys, rows in encoded:
+        for key, row in zip(keys, rows, strict=True):
+            entries[key] = {name: value.cpu().contiguous() for name, value in row.items()}
+            done += 1
+            if done == len(missing) or _full(entries):
+                copies.put(_save(folder, entries, len(missing) - done))
+                entries = {}
+        if show:
+            show(phase, done, len(missing))
+
+
+def _full(entries: dict[str, dict[str, torch.Tensor]]) -> bool:
+    size = sum(value.nbytes for row in entries.values() for value in row.values())
+    return len(entries) >= SHARD_ENTRIES or size >= SHARD_BYTES
+
+
+def _save(folder: Path, entries: dict[str, dict[str, torch.Tensor]], left: int) -> Path:
+    """Writes one shard, named after its keys, and returns its path; `left` entries are to come after it."""
+    content = save({f"{key}.{name}": value for key, row in entries.items() for name, value in row.items()})
+    path = folder / f"{_key('shard', '|'.join(sorted(entries)).encode())}.safetensors"
+    try:
+        files.replace(path, lambda temporary: temporary.write_bytes(content))
+    except OSError as error:
+        need = math.ceil(len(content) * (1 + left / len(entries)) / 2**20)
+        raise OSError(
+            f"the cache folder '{folder}' can't be written ({error.strerror}): it needs {need} MiB more, what is "
+            f"finished stays; make room or choose another folder"
+        ) from None
+    return path
+
+
+class _Mirror:
+    """A second folder of shards. The first thing that goes wrong there is told; the run goes on without it."""
+
+    def __init__(self, folder: str | Path | None, show):
+        self.folder, self.show = Path(folder) if folder else None, show
+
+    def exchange(self, folder: Path, wanted: set[str]) -> None:
+        """Copies the shards with `wanted` entries that only one of the two folders has to the other."""
+        self._attempt(self._exchange, folder, wanted)
+
+    def put(self, path: Path) -> None:
+        """Copies one shard here."""
+        self._attempt(lambda: files.copy_whole(path, self.folder / path.parent.name / path.name))
+
+    def _exchange(self, folder: Path, wanted: set[str]) -> None:
+        there = self.folder / folder.name
+        for place in (self.folder, there):
+            place.mkdir(exist_ok=True)
+        ours, theirs = _open(folder, self.show), _open(there, self.show)
+        for source, target, known in ((theirs, folder, ours), (ours, there, theirs)):
+            lacking = wanted - set(_by_key(known))
+            for shard in source:
+                if lacking & shard.keys:
+                    files.copy_whole(shard.path, target / shard.path.name)
+                    lacking -= shard.keys
+
+    def _attempt(self, work, *arguments) -> None:
+        if self.folder is None:
+            return
+        try:
+            work(*arguments)
+        except OSError as error:
+            reason = error.strerror or error
+            files.tell(self.show, f"no copy of the cache is kept in '{self.folder}' ({reason}); the run goes on")
+            self.folder = None

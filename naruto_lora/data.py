@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
@@ -19,11 +20,12 @@ UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow
 
 @dataclass(frozen=True)
 class Example:
-    """One captioned picture: `source` is a file's path or the compressed bytes."""
+    """One captioned picture: `source` is a file's path or the compressed bytes; `mirrored` swaps left and right."""
 
     name: str
     caption: str
     source: Path | bytes
+    mirrored: bool = False
 
     def read(self) -> bytes:
         """The compressed picture. Raises FileNotFoundError if its file has gone."""
@@ -32,11 +34,22 @@ class Example:
         except FileNotFoundError:
             raise FileNotFoundError(f"the picture '{self.source}' has gone since the data set was read") from None
 
+    def size(self) -> tuple[int, int]:
+        """(height, width) in px of the picture upright, from its header. Raises ValueError if it can't be read."""
+        content = self.read()
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+                return image.size if turned else image.size[::-1]
+        except UNREADABLE as error:
+            raise ValueError(_unreadable(self.name, error)) from None
+
     def image(self) -> Image.Image:
         """The picture upright, in RGB, transparency on white. Raises ValueError if it can't be read."""
         content = self.read()
         try:
             image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+            image = ImageOps.mirror(image) if self.mirrored else image
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -189,19 +202,38 @@ def fingerprint(examples: list[Example]) -> str:
     return digest.hexdigest()[:16]
 
 
-def crop(image: Image.Image, resolution: int) -> tuple[Image.Image, tuple[int, ...]]:
-    """The shorter side to `resolution` px, then a square centre crop.
+def buckets(resolution: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) in px of about resolution**2 px each, from 1:4 to 4:1.
+
+    Sides are multiples of a sixteenth of `resolution` (64 px at 1024), and of 8 px, what a latent's pixel spans.
+    Source: multi-aspect training of the SDXL report, arXiv 2307.01952, section 2.3 and appendix I.
+    """
+    unit = max(8, resolution // 16 // 8 * 8)
+    first, last = math.ceil(resolution / 2 / unit), round(resolution / unit)
+    short = [unit * n for n in range(first, last + 1)]
+    sizes = [(side, unit * round(resolution**2 / side / unit)) for side in short]
+    return sorted({*sizes, *(size[::-1] for size in sizes)})
+
+
+def bucket(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """The (height, width) of `buckets(resolution)` whose aspect ratio is nearest to that of `size` in its logarithm."""
+    height, width = size
+    return min(buckets(resolution), key=lambda b: abs(math.log(b[0] / b[1] * width / height)))
+
+
+def crop(image: Image.Image, size: int | tuple[int, int]) -> tuple[Image.Image, tuple[int, ...]]:
+    """The picture resized so that it just covers `size`, (height, width) or a square's side in px; then a centre crop.
 
     Returns the picture and SDXL's six size conditions: original height and width, crop top and left (px after
     the resize), target height and width. Source: SDXL report, arXiv 2307.01952, section 2.2.
     """
     width, height = image.size
-    scale = resolution / min(width, height)
-    wide, high = max(resolution, round(width * scale)), max(resolution, round(height * scale))
-    left, top = (wide - resolution) // 2, (high - resolution) // 2
-    image = image.resize((wide, high), Image.LANCZOS, reducing_gap=3.0)
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return image, (height, width, top, left, resolution, resolution)
+    high, wide = (size, size) if isinstance(size, int) else size
+    scale = max(wide / width, high / height)
+    full_wide, full_high = max(wide, round(width * scale)), max(high, round(height * scale))
+    left, top = (full_wide - wide) // 2, (full_high - high) // 2
+    image = image.resize((full_wide, full_high), Image.LANCZOS, reducing_gap=3.0)
+    return image.crop((left, top, left + wide, top + high)), (height, width, top, left, high, wide)
 
 
 def pixels(images: list[Image.Image]):

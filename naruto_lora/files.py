@@ -1,23 +1,47 @@
-"""Files that are whole or not there: flushed, checked, renamed into place."""
+"""Files that are whole or not there: written beside, flushed, renamed; and one line of news for who watches."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 
-def sha256(path: Path) -> str:
-    """The 64 hex digits of a file's content."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """`write(temporary)` beside `path`, flushed to the disk, then renamed to it: a kill leaves the old file or the new.
+
+    Raises what `write` raises, and OSError for a full or read-only disk; nothing half written stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
+    try:
+        write(temporary)
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_whole(source: Path, target: Path) -> None:
+    """Copies a file so that `target` is whole or not there. Raises OSError, also if it reads back as another file."""
+
+    def write(temporary: Path) -> None:
+        shutil.copyfile(source, temporary)
+        flush(temporary)
+        if sha256(temporary) != sha256(source):
+            raise OSError(f"the copy of '{source}' to '{target}' does not read back as it was written")
+
+    replace(target, write)
 
 
 def flush(path: Path) -> None:
-    """Sees a file, or a folder's entries, onto the disk; where a folder can't be flushed, that is left out."""
+    """Sees a file, or a folder's entries, onto the disk. Windows opens no folders, and Drive flushes none."""
     try:
-        handle = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders
+        handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    except PermissionError:
+        if path.is_file():
+            raise
         return
     try:
         os.fsync(handle)
@@ -28,18 +52,10 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def copy_whole(source: Path, target: Path) -> None:
-    """Copies a file beside `target`, reads it back, and only then renames it. Raises OSError."""
-    temporary = target.with_name(f".copying-{target.name}")
-    with open(source, "rb") as read, open(temporary, "wb") as write:
-        while block := read.read(2**20):
-            write.write(block)
-        write.flush()
-        os.fsync(write.fileno())
-    if sha256(temporary) != sha256(source):
-        temporary.unlink()
-        raise OSError(f"'{target}' did not come out as it was written")
-    temporary.replace(target)
+def sha256(path: Path) -> str:
+    """The 64 hex digits of a file's content."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def writable(folder: Path) -> None:
@@ -55,5 +71,5 @@ def writable(folder: Path) -> None:
 
 
 def tell(show, text: str) -> None:
-    """One line to whoever watches: `show.note` if it has one, else printed."""
+    """One line of news: to `show.note` if there is one, else printed."""
     getattr(show, "note", print)(text)

@@ -31,9 +31,10 @@ class Draw:
 
     indices: np.ndarray  # (E,) places in the training set
     timesteps: torch.Tensor  # (E,) int64, one in each of E equal strata, shuffled
-    noise: torch.Tensor  # (E, 4, h, w) fp32
-    latent_noise: torch.Tensor  # (E, 4, h, w) fp32, for sampling the VAE's distribution
+    noise: list[torch.Tensor]  # E times (4, h, w) fp32
+    latent_noise: list[torch.Tensor]  # E times (4, h, w) fp32, for sampling the VAE's distribution
     dropped: torch.Tensor  # (E,) bool, captions replaced by zeros
+    flipped: torch.Tensor  # (E,) bool, pictures mirrored
 
 
 def steps_per_epoch(pictures: int, recipe) -> int:
@@ -41,13 +42,13 @@ def steps_per_epoch(pictures: int, recipe) -> int:
     return math.ceil(pictures / recipe.pictures_per_step)
 
 
-def draw(recipe, step: int, pictures: int, shape: tuple[int, int, int]) -> Draw:
-    """The draw of the update that follows `step` finished ones; `shape` is a latent's (4, h, w).
+def draw(recipe, step: int, shapes: list[tuple[int, int, int]]) -> Draw:
+    """The draw of the update that follows `step` finished ones; `shapes` are the training latents' (4, h, w).
 
     Every epoch is a permutation: each picture once, the epoch's last update short if they don't divide.
     """
-    epoch, place = divmod(step, steps_per_epoch(pictures, recipe))
-    order = np.random.default_rng((recipe.seed, epoch, 0)).permutation(pictures)
+    epoch, place = divmod(step, steps_per_epoch(len(shapes), recipe))
+    order = np.random.default_rng((recipe.seed, epoch, 0)).permutation(len(shapes))
     indices = order[place * recipe.pictures_per_step :][: recipe.pictures_per_step]
 
     rng = np.random.default_rng((recipe.seed, step, 1))
@@ -55,31 +56,52 @@ def draw(recipe, step: int, pictures: int, shape: tuple[int, int, int]) -> Draw:
     strata = (rng.permutation(count) + rng.random(count)) / count  # one in each of `count` equal parts of [0, 1)
     dropped = rng.random(count) < recipe.caption_dropout
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-    noise, latent_noise = torch.randn(2, count, *shape, generator=generator)
+    flipped = rng.random(count) < (0.5 if recipe.flip else 0.0)
+    sizes = [math.prod(shapes[i]) for i in indices]
+    noise, latent_noise = (
+        [part.view(shapes[i]) for part, i in zip(flat.split(sizes), indices, strict=True)]
+        for flat in torch.randn(2, sum(sizes), generator=generator)
+    )
     timesteps = torch.from_numpy((strata * 1000).astype(np.int64))
-    return Draw(indices, timesteps, noise, latent_noise, torch.from_numpy(dropped))
+    return Draw(
+        indices, timesteps, noise, latent_noise, torch.from_numpy(dropped), torch.from_numpy(flipped)
+    )
+
+
+def micro_batches(draw: Draw, shapes: list[tuple[int, int, int]], size: int) -> list[list[int]]:
+    """Places in the draw, at most `size` together and all of one shape; in the draw's order where all are of one."""
+    return _of_one_shape([shapes[i] for i in draw.indices], size)
+
+
+def _of_one_shape(shapes, size: int) -> list[list[int]]:
+    groups: dict[tuple, list[int]] = {}
+    for place, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(place)
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
 @torch.no_grad()
-def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int = 8) -> torch.Tensor:
-    """Losses (N, draws) of each cached picture at fixed noise and stratified fixed timesteps, on the CPU.
+def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int = 4) -> torch.Tensor:
+    """Losses (N, draws) of each cached picture, unflipped, at fixed noise and stratified fixed timesteps, on the CPU.
 
-    The draws depend on a picture's place alone, so that two models can be compared picture by picture.
+    Column k has its timesteps in [1000 k / draws, 1000 (k + 1) / draws). The draws depend on a picture's place
+    alone, so that two models can be compared picture by picture. Raises ValueError for an empty cache.
     """
-    count, shape = len(cache), cache.shape
+    count = len(cache)
+    if count == 0:
+        raise ValueError("no picture was held out (the recipe's holdout is 0), so there is no hold-out loss to measure")
     generators = [torch.Generator().manual_seed(place) for place in range(count)]
-    noise = torch.stack([torch.randn(draws, *shape, generator=g) for g in generators], dim=1)
+    noise = [torch.randn(draws, *s, generator=g) for s, g in zip(cache.shapes, generators, strict=True)]
     offset = torch.cat([torch.rand(1, generator=g) for g in generators])
     losses = torch.empty(count, draws)
     for k in range(draws):
         timesteps = ((k + offset) / draws * 1000).long().clamp(max=999)
-        for start in range(0, count, batch):
-            part = slice(start, min(start + batch, count))
-            size = part.stop - part.start
-            nothing = torch.zeros(size, dtype=torch.bool)
-            inputs = cache.batch(range(part.start, part.stop), torch.zeros(size, *shape), nothing, device)
-            losses[part, k] = diffusion_loss(
-                unet, **inputs, timesteps=timesteps[part].to(device), noise=noise[k, part].to(device),
+        for places in _of_one_shape(cache.shapes, batch):
+            drawn = torch.stack([noise[place][k] for place in places])
+            no = torch.zeros(len(places), dtype=torch.bool)
+            inputs = cache.batch(places, torch.zeros_like(drawn), dropped=no, flipped=no, device=device)
+            losses[places, k] = diffusion_loss(
+                unet, **inputs, timesteps=timesteps[places].to(device), noise=drawn.to(device),
                 alphas_cumprod=alphas_cumprod,
             ).cpu()
     return losses

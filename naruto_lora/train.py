@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from . import cache, checkpoint, data, files, lora, memory, models, session, step
+from . import cache, checkpoint, data, files, lora, memory, models, pipeline, session, step
 from . import recipe as recipes
 
 MAX_GRAD_NORM = 1.0
@@ -54,7 +54,8 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     if found:
         refuse_changes(recipe, sources, checkpoint.read_state(found), found.parent)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
-    encoded = cache.encode(examples + held, recipe, folder, show, mirror and mirror.parent / "cache")
+    copies = mirror and mirror.parent / "cache"
+    encoded = cache.encode(examples + held, recipe, folder, show, copies, held=len(held))
     trained, held = encoded.part(0, len(examples)), encoded.part(len(examples), len(encoded))
 
     memory.free()
@@ -204,8 +205,8 @@ class Run:
         named = [f"'{self.trained.names[draw.indices[k]]}' (timestep {int(draw.timesteps[k])})" for k in places[:4]]
         named += [f"{len(places) - 4} more"] if len(places) > 4 else []
         return (
-            f"step {self.step + 1}: the {what} not finite for {' and '.join(named)}; the run stops before harm is done: "
-            f"look at these pictures, or take a lower learning rate from here"
+            f"step {self.step + 1}: the {what} not finite for {' and '.join(named)}; the run stops before harm is "
+            f"done: look at these pictures, or take a lower learning rate from here"
         )
 
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
@@ -222,9 +223,9 @@ class Run:
 
     def _inputs(self, draw: step.Draw, part: list[int]) -> dict[str, torch.Tensor]:
         """What `diffusion_loss` takes, for the pictures at the places `part` of `draw`."""
+        latent_noise = [draw.latent_noise[k] for k in part]
         inputs = self.trained.batch(
-            draw.indices[part], torch.stack([draw.latent_noise[k] for k in part]), draw.dropped[part],
-            draw.flipped[part], self.device,
+            draw.indices[part], latent_noise, draw.dropped[part], draw.flipped[part], self.device
         )
         return inputs | {
             "timesteps": draw.timesteps[part].to(self.device),
@@ -255,8 +256,6 @@ class Run:
 
     def _preview(self, show) -> None:
         """Draws the first hold-out captions as the model is now, into `out`/previews."""
-        from . import pipeline  # it stands after training, and is needed for this alone
-
         prompts = self.held if len(self.held) else self.trained
         count = min(self.recipe.previews, len(prompts))
         paths = [self.out / "previews" / f"step-{self.step:06d}-{k}.jpg" for k in range(count)]

@@ -1,12 +1,19 @@
 """Encode once: right values, nothing twice, a killed run goes on."""
 
+import errno
+import io
+import os
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image, ImageOps
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from naruto_lora import cache, data, models
+from naruto_lora import cache, data, files, models
 from naruto_lora.data import Example
 
 
@@ -37,8 +44,9 @@ def drawn(rows, plan, folder, counts, show=None):
 
 def test_cached_is_what_the_pipeline_would_encode(plan, examples, encoded, pipe):
     indices, count = [4, 0, 2], 3
-    noise = torch.randn(count, *encoded.shape, generator=torch.Generator().manual_seed(0))
-    batch = encoded.batch(indices, noise, torch.tensor([False, False, True]), torch.device("cpu"))
+    noise = torch.randn(count, *encoded.shapes[0], generator=torch.Generator().manual_seed(0))
+    dropped, flipped = torch.tensor([False, False, True]), torch.zeros(3, dtype=torch.bool)
+    batch = encoded.batch(indices, noise, dropped, flipped, torch.device("cpu"))
     rows = [examples[0][i] for i in indices]
     embeds, _, pooled, _ = pipe.encode_prompt([e.caption for e in rows], do_classifier_free_guidance=False)
     crops = [data.crop(e.image(), plan.resolution) for e in rows]
@@ -79,29 +87,225 @@ def test_another_models_encodings_are_not_taken(plan, examples, tmp_path, encode
     assert drawn(rows, plan.replace(vae=str(tmp_path / "base" / "vae")), folder, encoders) == (0, 2)
 
 
-def test_a_killed_run_goes_on(plan, examples, tmp_path, encoders):
-    rows = [Example(str(n), f"caption {n}", examples[0][0].source) for n in range(20)]
+def many(examples, count=20):
+    """`count` examples with captions of their own and as many different pictures as there are."""
+    return [Example(str(n), f"caption {n}", examples[0][n % len(examples[0])].source) for n in range(count)]
 
-    def kill(phase, done, total):
-        raise KeyboardInterrupt
 
+def shards(folder, kind="latents"):
+    return sorted((folder / kind).glob("*.safetensors"))
+
+
+def test_entries_lie_in_few_files(plan, examples, tmp_path, encoders, monkeypatch):
+    drawn(many(examples, 150), plan, tmp_path, encoders)
+    assert [len(shards(tmp_path, kind)) for kind in ("prompts", "latents")] == [3, 1]  # 64 + 64 + 22 captions
+    monkeypatch.setattr(cache, "SHARD_BYTES", 10_000)
+    drawn(examples[0][:9], plan.replace(resolution=40), tmp_path, encoders)  # 2 x 4 x 10 x 10 fp32 and 24 bytes each
+    assert len(shards(tmp_path)) == 1 + 3  # 4 + 4 + 1 pictures
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_a_killed_run_goes_on_from_its_last_finished_shard(plan, examples, tmp_path, encoders, monkeypatch, batches):
+    rows = many(examples)
+    captions, pictures = len(rows), len({e.read() for e in rows})
+    monkeypatch.setattr(cache, "SHARD_ENTRIES", 6)
+    monkeypatch.setattr(cache, "_parts", lambda keys, size: [keys[n : n + 4] for n in range(0, len(keys), 4)])
+
+    def kill_at(phase_killed):
+        seen = []
+
+        def show(phase, done, total):
+            seen.extend([phase] * (phase == phase_killed))
+            if len(seen) == batches:
+                raise KeyboardInterrupt
+
+        return show
+
+    finished = 4 * batches // 6 * 6
     with pytest.raises(KeyboardInterrupt):
-        cache.encode(rows, plan, tmp_path, kill)
-    finished = len(list((tmp_path / "prompts").glob("*.safetensors")))
-    assert 0 < finished < 20
-    (tmp_path / "prompts" / "half.writing").write_bytes(b"half a file")
+        cache.encode(rows, plan, tmp_path, kill_at("captions"))
+    (tmp_path / "prompts" / "half.safetensors.77.writing").write_bytes(b"half a file")
+    encoders.update(captions=0, pictures=0)
+    with pytest.raises(KeyboardInterrupt):
+        cache.encode(rows, plan, tmp_path, kill_at("pictures"))
+    assert encoders["captions"] == captions - finished
     told = []
-    assert drawn(rows, plan, tmp_path, encoders, lambda *news: told.append(news)) == (20 - finished, 1)
-    assert told == [("captions", 20 - finished, 20 - finished), ("pictures", 1, 1)]
+    assert drawn(rows, plan, tmp_path, encoders, lambda *news: told.append(news)) == (0, pictures - finished)
+    assert told[0] == ("pictures", 4, pictures - finished) and told[-1] == ("pictures", *[pictures - finished] * 2)
 
 
-def test_fingerprint_tells_data_and_models_apart(plan, examples, tmp_path, encoded):
-    rows = examples[0]
-    prints = {cache.encode(part, p, tmp_path).fingerprint() for part, p in (
-        (rows[:3], plan), (rows[:2], plan), (rows[1::-1], plan), (rows[:3], plan.replace(resolution=64)),
-    )}
-    assert len(prints) == 4
-    assert cache.encode(rows[:3], plan, tmp_path).fingerprint() in prints
+def test_what_a_dead_run_was_writing_is_cleared_away(plan, examples, tmp_path, encoders):
+    drawn(examples[0][:1], plan, tmp_path, encoders)
+    old, new = (tmp_path / "latents" / f"{name}.safetensors.77.writing" for name in ("old", "new"))
+    for file in (old, new):
+        file.write_bytes(b"half a file")
+    os.utime(old, (time.time() - 7200,) * 2)
+    drawn(examples[0][:1], plan, tmp_path, encoders)
+    assert not old.exists() and new.exists()  # the new one may be another run's
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0005, 0.02, 0.5, 0.9999])
+def test_a_shard_that_is_cut_short_is_made_again(plan, examples, tmp_path, encoders, capsys, monkeypatch, share):
+    monkeypatch.setattr(cache, "SHARD_ENTRIES", 3)
+    rows = examples[0][:7]
+    before = values(cache.encode(rows, plan, tmp_path))
+    whole = {path.name for path in shards(tmp_path)}
+    broken = shards(tmp_path)[0]
+    with safe_open(broken, "pt") as shard:
+        lost = len({name[:32] for name in shard.keys()})
+    content = broken.read_bytes()
+    broken.write_bytes(content[: int(share * len(content))])
+    assert drawn(rows, plan, tmp_path, encoders) == (0, lost)
+    told = capsys.readouterr().out
+    assert f"'{broken}' in the cache is broken" in told and told.count("\n") == 1
+    assert {path.name for path in shards(tmp_path)} == whole
+    torch.testing.assert_close(values(cache.encode(rows, plan, tmp_path)), before)
+
+
+def values(encoded, flipped=False):
+    """The means of all latents."""
+    turned = torch.full((len(encoded),), flipped)
+    noise = torch.zeros(len(encoded), *encoded.shapes[0])
+    return encoded.batch(range(len(encoded)), noise, torch.zeros_like(turned), turned, "cpu")["latents"]
+
+
+def test_tensors_are_the_files_own_pages(encoded):
+    """Mapped, not copied: what is asked for twice lies in one place, inside the mapped file."""
+    key = encoded.latents[0]
+    one, two = (encoded.shards[key].get_tensor(f"{key}.mean") for _ in range(2))
+    assert one.data_ptr() == two.data_ptr()
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        rows = [line.split() for line in maps.read_text().splitlines() if line.endswith(".safetensors")]
+        spans = [[int(place, 16) for place in row[0].split("-")] for row in rows]
+        assert any(start <= one.data_ptr() < stop for start, stop in spans)
+
+
+def test_two_runs_at_once_share_and_do_no_harm(plan, examples, tmp_path, encoders):
+    """The second begins and ends while the first is at its pictures."""
+    rows, inner = examples[0][:8], []
+
+    def meanwhile(phase, done, total):
+        if phase == "captions" and not inner:
+            inner.append(cache.encode(rows[:5], plan, tmp_path))
+
+    outer = cache.encode(rows, plan, tmp_path, meanwhile)
+    torch.testing.assert_close(values(outer)[:5], values(inner[0]))
+    assert drawn(rows, plan, tmp_path, encoders) == (0, 0)
+    assert not list(tmp_path.rglob("*.writing"))
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_finished(plan, examples, tmp_path, encoders, monkeypatch):
+    monkeypatch.setattr(cache, "SHARD_ENTRIES", 4)
+    whole, written = files.replace, []
+
+    def full_later(path, write):
+        written.append(path)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        whole(path, write)
+
+    rows = many(examples)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "replace", full_later)
+        with pytest.raises(OSError, match=r"can't be written \(No space left on device\): it needs \d+ MiB") as caught:
+            cache.encode(rows, plan, tmp_path)
+    assert str(tmp_path / "prompts") in str(caught.value) and "\n" not in str(caught.value)
+    assert drawn(rows, plan, tmp_path, encoders)[0] == 20 - 12
+
+
+def test_a_cache_folder_that_is_none_is_named(plan, examples, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OSError, match="the cache folder '.*' can't be used .*: choose another"):
+        cache.encode(examples[0][:1], plan, tmp_path / "cache")
+
+
+def test_a_lost_cache_comes_back_from_its_mirror(plan, examples, tmp_path, encoders):
+    rows, mirror = examples[0][:6], tmp_path / "drive"
+    before = values(cache.encode(rows, plan, tmp_path / "cache", mirror=mirror))
+    shutil.rmtree(tmp_path / "cache")
+    encoders.update(captions=0, pictures=0)
+    again = cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)
+    assert encoders == {"captions": 0, "pictures": 0} and torch.equal(values(again), before)
+    shutil.rmtree(mirror)  # and what the mirror has lost goes there again
+    cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)
+    shutil.rmtree(tmp_path / "cache")
+    cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)
+    assert encoders == {"captions": 0, "pictures": 0}
+
+
+def test_only_wanted_shards_come_from_the_mirror(plan, examples, tmp_path):
+    mirror = tmp_path / "drive"
+    for part in (examples[0][:3], examples[0][3:6]):
+        cache.encode(part, plan, tmp_path / "one", mirror=mirror)
+    assert len(shards(mirror)) == 2
+    cache.encode(examples[0][3:6], plan, tmp_path / "two", mirror=mirror)
+    assert len(shards(tmp_path / "two")) == 1
+
+
+@pytest.mark.parametrize("kind", ["absent", "a file", "full"])
+def test_a_mirror_that_fails_costs_a_note_and_nothing_more(plan, examples, tmp_path, encoders, monkeypatch, kind):
+    mirror = tmp_path / "drive" / "cache" if kind == "absent" else tmp_path / "drive"
+    if kind == "a file":
+        mirror.write_text("in the place of a folder")
+    if kind == "full":
+        monkeypatch.setattr(files, "copy_whole", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+
+    class Show:
+        notes = []
+
+        def __call__(self, *news):
+            pass
+
+        def note(self, text):
+            self.notes.append(text)
+
+    made = cache.encode(examples[0][:3], plan, tmp_path / "cache", Show(), mirror=mirror)
+    assert len(made) == 3 and encoders["pictures"] == 3
+    assert len(Show.notes) == 1 and str(mirror) in Show.notes[0] and "the run goes on" in Show.notes[0]
+    assert not (tmp_path / "drive").exists() or kind != "absent"
+
+
+def test_flips_encode_the_mirrored_pictures_alone_and_never_the_holdout(plan, examples, tmp_path, encoders):
+    rows = examples[0][:5]
+    drawn(rows, plan, tmp_path, encoders)
+    encoders.update(captions=0, pictures=0)
+    flip = plan.replace(flip=True)
+    both = cache.encode(rows, flip, tmp_path, held=2)
+    assert encoders == {"captions": 0, "pictures": 3}
+    assert both.mirrored[3:] == both.latents[3:] and not set(both.mirrored[:3]) & set(both.latents)
+    assert both.latents == cache.encode(rows, plan, tmp_path).latents
+    turned = []
+    for row in rows[:3]:
+        buffer = io.BytesIO()
+        ImageOps.mirror(row.image()).save(buffer, "PNG")
+        turned.append(Example(row.name, row.caption, buffer.getvalue()))
+    expected = values(cache.encode(turned, plan, tmp_path))
+    torch.testing.assert_close(values(both.part(0, 3), flipped=True), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(values(both.part(0, 3)), expected, atol=1e-2)
+
+
+def test_buckets_keep_each_pictures_shape(plan, examples, tmp_path, encoders, base):
+    """Alone or in a batch, a picture's latents are the VAE's of its crop to its bucket."""
+    rows = []
+    for number, size in enumerate([(90, 40), (64, 64), (40, 90), (96, 44), (50, 52)]):
+        buffer = io.BytesIO()
+        Image.effect_noise(size, 80).convert("RGB").save(buffer, "PNG")
+        rows.append(Example(str(number), f"caption {number}", buffer.getvalue()))
+    square, bucketed = plan, plan.replace(buckets=True)
+    drawn(rows, square, tmp_path, encoders)
+    made = cache.encode(rows, bucketed, tmp_path)
+    assert encoders == {"captions": 5, "pictures": 10}
+    assert made.shapes == tuple((4, h // 4, w // 4) for h, w in (data.bucket(e.size(), 32) for e in rows))
+    assert made.shapes[0] == made.shapes[3] != made.shapes[1] == made.shapes[4] != made.shapes[2]
+    assert made.names == ("0", "1", "2", "3", "4")
+    vae, no = models.load_vae(base, "", torch.float32, torch.device("cpu")), torch.zeros(1, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        alone = cache.encode_pictures(vae, [row], data.bucket(row.size(), 32))[0]
+        batch = made.batch([place], [torch.zeros(made.shapes[place])], no, no, "cpu")
+        torch.testing.assert_close(batch["latents"][0], alone["mean"], rtol=1e-4, atol=1e-5)
+        height, width, *_, high, wide = batch["time_ids"][0].tolist()
+        assert (height, width) == row.size() and (high, wide) == data.bucket(row.size(), 32)
 
 
 def test_latents_that_are_not_finite_name_their_picture(plan, examples, base):

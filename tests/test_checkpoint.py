@@ -178,8 +178,8 @@ def test_a_copy_counts_once_it_is_read_back(two, tmp_path_factory, monkeypatch):
     assert checkpoint.problem(copied) is None and checkpoint.newest([two / "lost", mirror]) == copied
     assert checkpoint.newest([two, mirror]) == two / "checkpoint-60"  # the first folder's, of equals
     real = files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: real(path) + ("?" if ".copying" in path.name else ""))
-    with pytest.raises(OSError, match="did not come out as it was written"):
+    monkeypatch.setattr(files, "sha256", lambda path: real(path) + ("?" if "writing" in path.name else ""))
+    with pytest.raises(OSError, match="does not read back as it was written"):
         checkpoint.fetch(two / "checkpoint-30", mirror)
     assert checkpoint.find(mirror) == [copied] and [path.name for path in mirror.iterdir()] == [copied.name]
 

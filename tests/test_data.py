@@ -64,6 +64,8 @@ def test_a_picture_comes_upright():
     exif[0x0112] = 6  # to be turned a quarter to the right
     image = Example("a", "a", packed(halves(), "JPEG", exif=exif, quality=100)).image()
     assert image.size == (20, 40)
+    assert Example("a", "a", packed(halves(), "JPEG", exif=exif)).size() == (40, 20)  # height first, as in conditions
+    assert Example("a", "a", packed(halves())).size() == (20, 40)
     assert corner(image, 0.5, 0.1)[0] > 200 and corner(image, 0.5, 0.9)[2] > 200  # left has become top
 
 
@@ -114,6 +116,48 @@ def test_crop_and_its_size_conditions(size, wide_high, ids):
     assert abs(int(np.asarray(image)[32, 0, 0]) - 255 * left / wide_high[0]) < 8
 
 
+def test_a_mirrored_picture_has_left_and_right_swapped():
+    image = Example("a", "a", packed(halves()), mirrored=True).image()
+    assert corner(image, 0.1)[2] == 255 and corner(image, 0.9)[0] == 255
+
+
+def test_at_1024_px_buckets_are_sdxls():
+    sizes = data.buckets(1024)
+    sdxl = {(512, 2048), (576, 1792), (704, 1472), (768, 1344), (896, 1152), (960, 1088), (1024, 1024)}  # of its table
+    assert sdxl <= set(sizes) and {size[::-1] for size in sizes} == set(sizes)
+
+
+@pytest.mark.parametrize("resolution, unit, off", [(1024, 64, 0.02), (256, 16, 0.02), (1000, 56, 0.02), (64, 8, 0.04)])
+def test_buckets_have_one_area_and_sides_that_divide(resolution, unit, off):
+    sizes = data.buckets(resolution)
+    assert all(high % unit == wide % unit == 0 for high, wide in sizes)
+    assert all(abs(high * wide / resolution**2 - 1) < off for high, wide in sizes)
+    ratios = [high / wide for high, wide in sizes]
+    assert 3.7 < max(ratios) <= 4 and min(ratios) == pytest.approx(1 / max(ratios))
+    assert ratios == sorted(ratios) and len(set(ratios)) == len(ratios)
+
+
+@pytest.mark.parametrize(
+    "size, bucket",
+    [
+        ((500, 500), (1024, 1024)), ((1080, 1920), (768, 1344)), ((1920, 1080), (1344, 768)),
+        ((100, 900), (512, 2048)), ((900, 100), (2048, 512)), ((97, 100), (1024, 1024)), ((3, 4), (896, 1152)),
+    ],
+)
+def test_pictures_go_to_the_bucket_of_the_nearest_ratio(size, bucket):
+    assert data.bucket(size, 1024) == bucket
+
+
+def test_crop_to_a_bucket_and_its_size_conditions():
+    ramp = np.zeros((100, 200, 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 255, 200)[None].round()
+    image, told = data.crop(Image.fromarray(ramp), (48, 88))
+    assert (image.size, told) == ((88, 48), (100, 200, 0, 4, 48, 88))  # 96 x 48 after the resize: cut at the sides
+    assert abs(int(np.asarray(image)[20, 0, 0]) - 255 * 4 / 96) < 5
+    assert data.crop(Image.fromarray(ramp), (48, 104))[1] == (100, 200, 2, 0, 48, 104)  # 104 x 52: cut above and below
+    assert data.crop(Image.fromarray(ramp), (64, 64))[1] == data.crop(Image.fromarray(ramp), 64)[1]
+
+
 def test_pixels_span_minus_one_to_one():
     stack = data.pixels([Image.new("RGB", (4, 6), "white"), Image.new("RGB", (4, 6), (0, 255, 0))])
     assert stack.shape == (2, 3, 6, 4) and stack.dtype.is_floating_point
@@ -151,3 +195,11 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path):
         Image.new("RGB", (16, 16)).save(tmp_path / name)
     (tmp_path / "a.txt").write_text("one")
     assert [e.name for e in data.load(tmp_path)] == ["a.png"]
+
+
+def test_a_fingerprint_tells_pictures_captions_and_their_order_apart(examples):
+    first, second = examples[0][:2]
+    other = data.Example(first.name, "another caption", first.source)
+    moved = data.Example("elsewhere.png", first.caption, first.read())
+    prints = [data.fingerprint(rows) for rows in ([first, second], [second, first], [other, second], [first])]
+    assert len(set(prints)) == 4 and data.fingerprint([moved, second]) == prints[0]

@@ -42,8 +42,8 @@ where = ["between"]
 for module, names in (
     (os, ("fsync", "rename", "replace")),
     (checkpoint, ("save", "save_file", "fetch", "rotate")),
-    (files, ("sha256", "flush", "copy_whole")),
-    (cache, ("save_file", "encode_prompts", "encode_pictures")),
+    (files, ("sha256", "flush", "copy_whole", "replace")),
+    (cache, ("save", "encode_prompts", "encode_pictures")),
     (train.step, ("diffusion_loss", "holdout_losses")),
 ):
     for name in names:

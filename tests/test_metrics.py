@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from naruto_lora import cache, metrics, models, step
+from naruto_lora import metrics, models, step
 
 
 def test_the_means_interval_holds_the_truth_at_about_its_rate():
@@ -68,7 +68,7 @@ def test_a_figure_reads_as_value_interval_and_size():
 
 
 def test_holdout_losses_are_those_of_training_by_adapter(pipe, encoded, base):
-    few = cache.Cache(encoded.latents[:4], encoded.prompts[:4])
+    few = encoded.part(0, 4)
     before, style, again = (metrics.holdout_losses(pipe, few, name) for name in ("base", "style", "base"))
     assert before.shape == (4,) and (again == before).all() and (style != before).all()
     unet, alphas = models.load_unet(base, torch.float32, torch.device("cpu")), models.load_alphas_cumprod(base)

@@ -1,10 +1,14 @@
 """The training step: its loss, and what each update sees."""
 
+import dataclasses
+import io
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from naruto_lora import models, recipe, step
+from naruto_lora import cache, data, lora, models, recipe, step, train
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -15,9 +19,10 @@ def test_the_loss_is_ddpms_by_diffusers_own_scheduler(base, encoded):
 
     unet, alphas = models.load_unet(base, torch.float32, CPU), models.load_alphas_cumprod(base)
     scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler")
-    noise = torch.randn(4, *encoded.shape, generator=torch.Generator().manual_seed(5))
+    noise = torch.randn(4, *encoded.shapes[0], generator=torch.Generator().manual_seed(5))
     timesteps = torch.tensor([0, 250, 700, 999])
-    inputs = encoded.batch(range(4), torch.zeros_like(noise), torch.zeros(4, dtype=torch.bool), CPU)
+    no = torch.zeros(4, dtype=torch.bool)
+    inputs = encoded.batch(range(4), torch.zeros_like(noise), dropped=no, flipped=no, device=CPU)
     with torch.no_grad():
         losses = step.diffusion_loss(unet, **inputs, timesteps=timesteps, noise=noise, alphas_cumprod=alphas)
         noisy = scheduler.add_noise(inputs["latents"], noise, timesteps)
@@ -53,15 +58,19 @@ def small(**changes):
     return plan.replace(**changes)
 
 
+def stacked(draw, name):
+    return torch.stack(getattr(draw, name))
+
+
 def test_1221_pictures_at_8_a_step_are_153_steps_an_epoch():
     assert step.steps_per_epoch(1221, recipe.RECIPES["naruto-1024"]) == 153
-    assert [len(step.draw(small(), k, 1221, SHAPE).indices) for k in (0, 151, 152, 153, 305)] == [8, 8, 5, 8, 5]
+    assert [len(step.draw(small(), k, [SHAPE] * 1221).indices) for k in (0, 151, 152, 153, 305)] == [8, 8, 5, 8, 5]
 
 
 def test_every_epoch_is_another_permutation():
     plan, orders = small(), []
     for epoch in range(3):
-        draws = [step.draw(plan, epoch * 4 + k, 30, SHAPE) for k in range(4)]
+        draws = [step.draw(plan, epoch * 4 + k, [SHAPE] * 30) for k in range(4)]
         assert [len(d.indices) for d in draws] == [8, 8, 8, 6]
         orders.append(np.concatenate([d.indices for d in draws]).tolist())
         assert sorted(orders[-1]) == list(range(30))
@@ -69,23 +78,26 @@ def test_every_epoch_is_another_permutation():
 
 
 def test_a_draw_depends_on_seed_and_step_alone():
-    first = step.draw(small(), 7, 30, SHAPE)
+    first = step.draw(small(), 7, [SHAPE] * 30)
     torch.randn(5)
     np.random.seed(3)
-    again = step.draw(small(batch=8, accumulation=1, rank=3), 7, 30, SHAPE)
-    for name in ("timesteps", "noise", "latent_noise", "dropped"):
+    again = step.draw(small(batch=8, accumulation=1, rank=3), 7, [SHAPE] * 30)
+    for name in ("timesteps", "dropped", "flipped"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
+    for name in ("noise", "latent_noise"):
+        assert torch.equal(stacked(first, name), stacked(again, name)), name
     assert (first.indices == again.indices).all()
-    for other in (step.draw(small(), 8, 30, SHAPE), step.draw(small(seed=1), 7, 30, SHAPE)):
-        assert not torch.equal(first.noise, other.noise) and not torch.equal(first.timesteps, other.timesteps)
-    assert not torch.equal(first.noise, first.latent_noise)
-    assert first.noise.std().item() == pytest.approx(1, abs=0.05)
+    for other in (step.draw(small(), 8, [SHAPE] * 30), step.draw(small(seed=1), 7, [SHAPE] * 30)):
+        assert not torch.equal(stacked(first, "noise"), stacked(other, "noise"))
+        assert not torch.equal(first.timesteps, other.timesteps)
+    assert not torch.equal(stacked(first, "noise"), stacked(first, "latent_noise"))
+    assert stacked(first, "noise").std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_timesteps_are_stratified_and_reach_both_ends():
     seen = []
     for k in range(300):
-        timesteps = step.draw(small(), k, 8, SHAPE).timesteps
+        timesteps = step.draw(small(), k, [SHAPE] * 8).timesteps
         assert sorted(timesteps // 125) == list(range(8))  # one in each eighth of 0..999
         seen.append(timesteps)
     seen = torch.stack(seen)
@@ -95,8 +107,48 @@ def test_timesteps_are_stratified_and_reach_both_ends():
 
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_captions_are_dropped_at_their_rate(rate):
-    dropped = torch.cat([step.draw(small(caption_dropout=rate), k, 8, (1, 1, 1)).dropped for k in range(500)])
+    dropped = torch.cat([step.draw(small(caption_dropout=rate), k, [(1, 1, 1)] * 8).dropped for k in range(500)])
     assert abs(dropped.float().mean().item() - rate) < 4 * (rate * (1 - rate) / 4000) ** 0.5 + 1e-9
+
+
+def reference(recipe, k, count, shape):
+    """(noise, latent noise, dropped) as the generators of (seed, step) give them for one shape, without flips."""
+    rng = np.random.default_rng((recipe.seed, k, 1))
+    rng.permutation(count), rng.random(count)  # the timesteps'
+    dropped = rng.random(count) < recipe.caption_dropout
+    generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    return *torch.randn(2, count, *shape, generator=generator), torch.from_numpy(dropped)
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (4, 3, 5), (1, 1, 1)])
+def test_pictures_of_one_shape_get_one_tensors_numbers_with_flips_and_without(shape):
+    for k, count in ((0, 8), (3, 6)):  # the second is an epoch's short last update
+        noise, latent_noise, dropped = reference(small(), k, count, shape)
+        for flip in (False, True):
+            draw = step.draw(small(flip=flip), k, [shape] * 30)
+            assert torch.equal(stacked(draw, "noise"), noise)
+            assert torch.equal(stacked(draw, "latent_noise"), latent_noise)
+            assert torch.equal(draw.dropped, dropped)
+
+
+def test_about_half_of_the_draws_are_flipped_and_none_without_flip():
+    for flip, rate in ((True, 0.5), (False, 0.0)):
+        flipped = torch.cat([step.draw(small(flip=flip), k, [(1, 1, 1)] * 8).flipped for k in range(500)])
+        assert flipped.dtype == torch.bool
+        assert abs(flipped.float().mean().item() - rate) < 4 * (rate * (1 - rate) / 4000) ** 0.5 + 1e-9
+
+
+def test_micro_batches_are_of_one_shape_and_hold_each_place_once():
+    square, wide = SHAPE, (4, 6, 10)
+    shapes = [(square, wide)[i % 3 == 0] for i in range(30)]
+    draw = step.draw(small(), 1, shapes)
+    assert [part.shape for part in draw.noise] == [shapes[i] for i in draw.indices]
+    assert [part.shape for part in draw.latent_noise] == [shapes[i] for i in draw.indices]
+    parts = step.micro_batches(draw, shapes, 3)
+    assert sorted(place for part in parts for place in part) == list(range(8))
+    assert all(len({shapes[draw.indices[place]] for place in part}) == 1 and len(part) <= 3 for part in parts)
+    same = step.draw(small(), 1, [square] * 30)
+    assert step.micro_batches(same, [square] * 30, 3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 def test_holdout_losses_are_the_same_whatever_the_batch_and_the_random_state(base, encoded):
@@ -107,3 +159,70 @@ def test_holdout_losses_are_the_same_whatever_the_batch_and_the_random_state(bas
     assert one.shape == (len(encoded), 2)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert not one.requires_grad
+
+
+def test_holdout_losses_come_by_timestep_bin_and_never_flipped(encoded):
+    """A U-Net whose error is the timestep it is told: the losses say which timesteps each column had."""
+
+    class Told(torch.nn.Module):
+        dtype = torch.float32
+
+        def forward(self, sample, timesteps, encoder_hidden_states, added_cond_kwargs):
+            scaled = timesteps.view(-1, 1, 1, 1) * torch.ones_like(sample)
+            return type("Output", (), {"sample": scaled})
+
+    alphas = torch.full((1000,), 0.5)
+    losses = step.holdout_losses(Told(), dataclasses.replace(encoded, mirrored=()), alphas, CPU, batch=5)
+    means = losses.sqrt() / 250  # the noise adds 1 to a timestep's square
+    assert losses.shape == (len(encoded), 4)
+    for k in range(4):
+        assert (means[:, k] > k - 1e-2).all() and (means[:, k] < k + 1 + 1e-2).all()
+
+
+def test_a_holdout_of_none_is_said_to_be_empty(encoded):
+    with pytest.raises(ValueError, match="no picture was held out .the recipe's holdout is 0."):
+        step.holdout_losses(None, encoded.part(0, 0), None, CPU, batch=1)
+
+
+@pytest.fixture(scope="module")
+def mixed(plan, tmp_path_factory):
+    """Square, wide and tall pictures in buckets, encoded also mirrored: (recipe, cache)."""
+    examples = []
+    for number, (wide, high) in enumerate([(64, 64), (96, 40), (40, 96), (64, 60), (90, 40), (33, 80)]):
+        picture = Image.effect_noise((wide, high), 60 + number).convert("RGB")
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        examples.append(data.Example(f"{number}.png", f"picture {number}", buffer.getvalue()))
+    bucketed = plan.replace(buckets=True, flip=True, batch=2, accumulation=3)
+    return bucketed, cache.encode(examples, bucketed, tmp_path_factory.mktemp("mixed"))
+
+
+def test_gradients_over_mixed_shapes_are_the_mean_over_single_pictures(mixed, base, tmp_path):
+    bucketed, encoded = mixed
+    assert len(set(encoded.shapes)) == 3
+    unet = models.load_unet(base, torch.float32, CPU)
+    run = train.Run(
+        bucketed, tmp_path, unet, lora.inject(unet, 4, 10.0, 0), encoded, encoded.part(0, 0), CPU
+    )
+    draw = step.draw(bucketed, 0, encoded.shapes)
+    assert draw.flipped.any() and not draw.flipped.all()
+    loss = run._accumulate(draw)
+    gradient = torch.cat([p.grad.flatten() for p in run.parameters])
+    run.unet.zero_grad()
+    singles = []
+    for k in range(6):
+        one = slice(k, k + 1)
+        inputs = encoded.batch(draw.indices[one], draw.latent_noise[one], draw.dropped[one], draw.flipped[one], CPU)
+        singles.append(step.diffusion_loss(
+            unet, **inputs, timesteps=draw.timesteps[one], noise=draw.noise[k][None], alphas_cumprod=run.alphas_cumprod
+        ))
+    torch.cat(singles).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in run.parameters])
+    assert loss.item() == pytest.approx(torch.cat(singles).mean().item(), rel=1e-5)
+    assert (gradient - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
+
+
+def test_holdout_losses_over_mixed_shapes_are_the_same_whatever_the_batch(mixed, base):
+    unet, alphas = models.load_unet(base, torch.float32, CPU), models.load_alphas_cumprod(base)
+    one, all_ = (step.holdout_losses(unet, mixed[1], alphas, CPU, batch=size, draws=2) for size in (1, 6))
+    torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-5)

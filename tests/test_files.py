@@ -1,0 +1,46 @@
+"""Files are whole or not there."""
+
+import pytest
+
+from naruto_lora import files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    files.replace(path, lambda temporary: temporary.write_text("old"))
+
+    def fails(temporary):
+        temporary.write_text("half of the n")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        files.replace(path, fails)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    files.replace(path, lambda temporary: temporary.write_text("new"))
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_copy_is_whole(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(bytes(range(256)) * 999)
+    files.copy_whole(source, target)
+    assert target.read_bytes() == source.read_bytes() and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("spoiled", [b"x" * 10, b"0123456780"], ids=["another content", "one byte"])
+def test_a_copy_that_reads_back_otherwise_is_refused(tmp_path, monkeypatch, spoiled):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"0123456789")
+    target.write_bytes(b"older")
+    monkeypatch.setattr(files.shutil, "copyfile", lambda _, to: to.write_bytes(spoiled))
+    with pytest.raises(OSError, match="does not read back as it was written"):
+        files.copy_whole(source, target)
+    assert target.read_bytes() == b"older" and sorted(tmp_path.iterdir()) == [source, target]
+
+
+def test_news_goes_to_who_shows_it_else_is_printed(capsys):
+    told = []
+    files.tell(type("Show", (), {"note": staticmethod(told.append)})(), "one")
+    files.tell(None, "two")
+    files.tell(print, "three")
+    assert told == ["one"] and capsys.readouterr().out == "two\nthree\n"
