@@ -236,7 +236,7 @@ def _save(folder: Path, entries: dict[str, dict[str, torch.Tensor]], left: int) 
     except OSError as error:
         need = math.ceil(len(content) * (1 + left / len(entries)) / 2**20)
         raise OSError(
-            f"the cache folder '{folder}' can't be written ({error.strerror}): it needs {need} MiB more, what is "
+            f"the cache folder '{folder}' can't be written ({error.strerror}): it needs {need} MiB or more, what is "
             f"finished stays; make room or choose another folder"
         ) from None
     return path
