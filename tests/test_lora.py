@@ -21,7 +21,8 @@ def fresh(base, rank=4, alpha=10, seed=0, dtype=torch.float32):
 
 def predicted(unet, encoded):
     """The U-Net's prediction for two cached pictures."""
-    inputs = encoded.batch([0, 1], torch.zeros(2, *encoded.shape), torch.tensor([False, True]), CPU)
+    no = torch.tensor([False, False])
+    inputs = encoded.batch([0, 1], torch.zeros(2, *encoded.shapes[0]), torch.tensor([False, True]), no, CPU)
     added = {"text_embeds": inputs["pooled"], "time_ids": inputs["time_ids"]}
     with torch.no_grad():
         timesteps = torch.tensor([100, 900])

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from naruto_lora import cache, checkpoint, files, lora, models, pipeline, step, train
+from naruto_lora import checkpoint, files, lora, models, pipeline, step, train
 from naruto_lora.recipe import RECIPES, Leg
 
 
@@ -284,9 +284,8 @@ def test_half_precision_takes_the_same_step(plan, base, encoded, cache_folder, t
     whole = train.begin(plan, tmp_path, cache_folder)
     unet = models.load_unet(base, torch.float16, torch.device("cpu"))
     parameters = lora.inject(unet, plan.rank, plan.alpha, plan.seed)
-    nothing = cache.Cache((), ())
     half = train.Run(
-        plan.replace(precision="fp16"), tmp_path, unet, parameters, encoded, nothing, torch.device("cpu")
+        plan.replace(precision="fp16"), tmp_path, unet, parameters, encoded, encoded.part(0, 0), torch.device("cpu")
     )
     (loss, norm), (half_loss, half_norm) = whole.update(), half.update()
     assert half.scaler.is_enabled() and {p.dtype for p in half.parameters} == {torch.float32}
@@ -429,8 +428,9 @@ def test_a_mirror_that_is_gone_or_full_is_told_once_and_stops_nothing(
     watcher, mirror = Watcher(), tmp_path / "mirror"
     train.train(plan, tmp_path / "two", cache_folder, watcher, mirror)
     assert same_adapter(tmp_path / "two", trained.folder) and not checkpoint.find(mirror)
-    assert [t for t in watcher.notes if "mirror" in t] == [
-        f"no copy in the mirror '{mirror}' (No space left on device); the run goes on"
+    assert [t for t in watcher.notes if "no copy" in t] == [
+        f"no copy of the cache is kept in '{mirror.parent / 'cache'}' (No space left on device); the run goes on",
+        f"no copy in the mirror '{mirror}' (No space left on device); the run goes on",
     ]
 
 
