@@ -34,6 +34,35 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str] | None = None, 
     return sheet
 
 
+def over_time(
+    previews: dict[int, list[Image.Image]], prompts: list[str], size: int = 224, columns: int = 7
+) -> Image.Image:
+    """A run's previews {step: a picture a prompt} as one picture: a column a step, a row a prompt.
+
+    Of more than `columns` steps evenly spaced ones are taken, the first and the last always.
+    """
+    if not previews:
+        raise ValueError("there are no previews to show: train with previews above 0 and a hold-out")
+    steps, count = sorted(previews), min(columns, len(previews))
+    steps = [steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)]
+    font, cell = ImageFont.load_default(size // 11 + 4), size + MARGIN
+    width = MARGIN + count * cell
+    letters = max(8, int((width - 2 * MARGIN) / font.getlength("n")))
+    texts = [textwrap.fill(prompt, letters, max_lines=3) for prompt in prompts]
+    line, top = font.size + 6, MARGIN + font.size + 6
+    sheet = Image.new("RGB", (width, top + sum(cell + line * (t.count("\n") + 1) for t in texts)), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for c, step in enumerate(steps):
+        pen.text((MARGIN + c * cell, MARGIN), f"step {step}", INK, font)
+    for r, text in enumerate(texts):
+        for c, step in enumerate(steps):
+            if r < len(previews[step]):
+                sheet.paste(_enlarged(previews[step][r], size), (MARGIN + c * cell, top))
+        pen.text((MARGIN, top + size + 2), text, INK, font)
+        top += cell + line * (text.count("\n") + 1)
+    return sheet
+
+
 def _enlarged(picture: Image.Image, size: int) -> Image.Image:
     crisp = picture.width * 2 <= size
     return picture.resize((size, size), Image.NEAREST if crisp else Image.LANCZOS)

@@ -64,6 +64,30 @@ def test_long_captions_are_cut_and_stay_under_their_picture(word):
     assert (np.asarray(long)[-1] == 255).all()
 
 
+def test_previews_over_time_stand_by_step_and_prompt():
+    sheet = compare.over_time({90: plain("lime", "yellow"), 0: plain("red", "blue")}, ["a prompt", "word " * 30], 64)
+    cells = boxes(sheet)
+    assert all((right - left, bottom - top) == (64, 64) for left, top, right, bottom in cells.values())
+    assert cells["red"][1] == cells["lime"][1] < cells["blue"][1] == cells["yellow"][1]
+    assert cells["red"][0] == cells["blue"][0] < cells["lime"][0] == cells["yellow"][0]
+    ink = np.asarray(sheet).max(-1) < 128
+    assert ink[: cells["red"][1]].any() and ink[cells["red"][3] : cells["blue"][1]].any()  # steps; first prompt
+    assert ink[cells["blue"][3] :].any() and not ink[-1].any() and not ink[:, -1].any()
+
+
+def test_of_many_previews_the_first_the_last_and_some_between_are_shown(monkeypatch):
+    written = []
+    monkeypatch.setattr(compare.ImageDraw.ImageDraw, "text", lambda pen, place, text, *_: written.append(text))
+    compare.over_time({step: plain("red") for step in range(0, 1000, 10)}, ["x"], 32)
+    steps = [int(text.split()[1]) for text in written[:-1]]
+    assert len(steps) == 7 and steps[0] == 0 and steps[-1] == 990 and np.ptp(np.diff(steps)) <= 10
+    written.clear()
+    compare.over_time({0: plain("red"), 30: []}, ["x"], 32)  # the second was cut off before its picture
+    assert written == ["step 0", "step 30", "x"]
+    with pytest.raises(ValueError, match="no previews to show"):
+        compare.over_time({}, ["x"])
+
+
 def test_small_pictures_are_enlarged_without_smoothing():
     checks = Image.fromarray(np.indices((8, 8)).sum(0).astype(np.uint8) % 2 * 255).convert("RGB")
     left, top = (compare.grid({"": plain("red")}, size=64).width - 64 - compare.MARGIN, compare.MARGIN)
