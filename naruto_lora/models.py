@@ -160,11 +160,44 @@ def load_vae(base: str, vae: str, dtype: torch.dtype, device):
 
 
 def load_unet(base: str, dtype: torch.dtype, device):
-    """The U-Net, frozen, in eval mode (it has no dropout: training is the same)."""
+    """The U-Net, frozen, in eval mode (it has no dropout: training is the same).
+
+    From one file it goes to its device in portions: 1.4 GiB of host memory for SDXL's, where from_pretrained's map
+    of the whole file takes 5.8 (measured on an H200).
+    """
     quiet()
     from diffusers import UNet2DConditionModel
 
-    return _load(UNet2DConditionModel, base, "unet", dtype, device)
+    file = _one_file(base, dtype)
+    if file is None:
+        return _load(UNet2DConditionModel, base, "unet", dtype, device)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(base, subfolder="unet"))
+    unet.load_state_dict(_read(file, dtype, device), assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def _one_file(base: str, dtype: torch.dtype) -> Path | None:
+    """The file that holds the whole U-Net; None if it is in several."""
+    dot_variant = ".fp16" if _variant(base, "unet", dtype) else ""
+    name = f"unet/diffusion_pytorch_model{dot_variant}.safetensors"
+    if os.path.isdir(base):
+        return Path(base, name) if Path(base, name).is_file() else None
+    return Path(_download(base, name)) if name in _hub_files(base) else None
+
+
+def _read(file: Path, dtype: torch.dtype, device, portion: int = 100) -> dict[str, torch.Tensor]:
+    """A file's tensors on `device`; it is opened anew for each `portion`, which gives the mapped pages back."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        names = list(opened.keys())
+    tensors = {}
+    for start in range(0, len(names), portion):
+        with safe_open(file, "pt") as opened:
+            for name in names[start : start + portion]:
+                tensors[name] = opened.get_tensor(name).to(device, dtype)
+    return tensors
 
 
 def load_alphas_cumprod(base: str) -> torch.Tensor:

@@ -1,161 +1,18 @@
-"""What a person sees of a run: progress, curves, tables. And what a program reads: JSON."""
+"""What a person sees of a run: curves, tables, a verdict. And what a program reads: JSON."""
 
 from __future__ import annotations
 
 import html
 import json
-import shutil
-import sys
-import time
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .progress import Progress as Progress
+from .progress import duration as duration
+
 if TYPE_CHECKING:
     import numpy as np
-
-
-class Progress:
-    """The `show` of long calls: a line a phase, rewritten in place; where nobody watches, plain lines now and then.
-
-    In a notebook all lines and notes of a cell are one display, so that a saved notebook keeps the last state of
-    each phase and the notes. In a terminal the line is cut to its width.
-    """
-
-    def __init__(self, every: float | None = None):
-        self.every = every if every is not None else (1.0 if _watched() else 30.0)  # seconds
-        self.phases, self.blocks = {}, {}  # by phase; blocks also hold notes, in the order of appearance
-        self.cell = self.handle = None
-        self.line = ""  # what stands unfinished in the terminal
-
-    def __call__(self, phase: str, done: int, total: int, **figures) -> None:
-        self._enter_cell()
-        now, state = time.time(), self.phases.get(phase)
-        if state is None or done <= state.done:  # a phase that comes again starts afresh, on its own line
-            state = self.phases[phase] = _Phase(begun=now, first=done)
-        state.done = done
-        if "loss" in figures:
-            old = state.smooth if state.smooth is not None else figures["loss"]
-            figures["loss"] = state.smooth = 0.9 * old + 0.1 * figures["loss"]
-        if now - state.shown >= self.every or done == total:
-            state.shown = now
-            self._write(phase, done, total, _texts(done, total, now, state, figures))
-
-    def note(self, text: str) -> None:
-        """One line worth keeping, shown at once."""
-        self._enter_cell()
-        if _in_notebook():
-            self.blocks[f"note {len(self.blocks)}"] = (text, f"<div>{html.escape(text)}</div>")
-            self._display()
-        elif sys.stdout.isatty():
-            print(f"\r\033[K{text}\n{self.line}", end="", flush=True)
-        else:
-            print(text, flush=True)
-
-    def _write(self, phase: str, done: int, total: int, texts: list[str]) -> None:
-        if _in_notebook():
-            self.blocks[phase] = ("  ".join([phase, *texts]), _bar_html(phase, done, total, texts))
-            self._display()
-        elif sys.stdout.isatty():
-            width = shutil.get_terminal_size().columns - 1
-            line = _cut(_bar(phase, done, total, texts, 20 if width >= 110 else 10), width)
-            self.line = "" if done == total else line
-            print(f"\r\033[K{line}", end="\n" if done == total else "", flush=True)
-        else:
-            print(_bar(phase, done, total, texts), flush=True)
-
-    def _enter_cell(self) -> None:
-        """Begins a new display, with phases of its own, if another notebook cell runs than at the last call."""
-        if not _in_notebook():
-            return
-        from IPython import get_ipython
-
-        cell = get_ipython().execution_count
-        if cell != self.cell:
-            self.cell, self.phases, self.blocks, self.handle = cell, {}, {}, None
-
-    def _display(self) -> None:
-        from IPython.display import display
-
-        plain, shown = zip(*self.blocks.values(), strict=True)
-        bundle = {"text/plain": "\n".join(plain), "text/html": f"<div style='line-height:1.6'>{''.join(shown)}</div>"}
-        if self.handle is None:
-            self.handle = display(bundle, raw=True, display_id=True)
-        else:
-            self.handle.update(bundle, raw=True)
-
-
-@dataclass
-class _Phase:
-    begun: float  # seconds, as `time.time`
-    first: int  # `done` of the first call, whose own time isn't known
-    done: int = 0
-    shown: float = 0.0
-    smooth: float | None = None
-
-
-def _texts(done: int, total: int, now: float, state: _Phase, figures: dict) -> list[str]:
-    """What stands beside the bar, the most wanted first."""
-    texts, left = [f"{done}/{total}"], figures.get("left")
-    if left is None and done > state.first:
-        left = (now - state.begun) / (done - state.first) * (total - done)
-    if done == total and done > state.first:
-        texts.append(f"took {duration(now - state.begun)}")
-    elif done < total and left is not None:
-        texts.append(f"{duration(left)} left")
-    if "loss" in figures:
-        texts += [f"loss {figures['loss']:.4f}", f"learning rate {figures['lr']:.2g}"]
-    if figures.get("images_per_second"):
-        texts.append(f"{figures['images_per_second']:.3g} images/s")
-    if figures.get("peak_gib"):
-        texts.append(f"peak {figures['peak_gib']:.1f} GiB")
-    return texts
-
-
-def _bar(phase: str, done: int, total: int, texts: list[str], width: int = 20) -> str:
-    filled = round(width * done / total) if total else width
-    return "  ".join([f"{phase:<10} {'█' * filled}{'░' * (width - filled)} {texts[0]}", *texts[1:]])
-
-
-def _cut(line: str, width: int) -> str:
-    """`line` in at most `width` characters, ending with a whole figure where it can."""
-    if len(line) <= width:
-        return line
-    return line[: width + 1].rpartition("  ")[0].rstrip()[:width] or line[:width]
-
-
-def _bar_html(phase: str, done: int, total: int, texts: list[str]) -> str:
-    """A bar of the browser's own, which fits light and dark themes; no colours, so that the page's are taken."""
-    figures = " ".join(f"<span style='white-space:nowrap;margin-right:0.6em'>{html.escape(t)}</span>" for t in texts)
-    return (
-        f"<div style='display:flex;flex-wrap:wrap;gap:0 0.8em;font-variant-numeric:tabular-nums'>"
-        f"<span style='min-width:5em'>{html.escape(phase)}</span>"
-        f"<progress value='{done if total else 1}' max='{total or 1}' style='width:12em;height:1.6em'></progress>"
-        f"<span style='flex:1;min-width:12em'>{figures}</span></div>"
-    )
-
-
-def _in_notebook() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    shell = get_ipython()
-    return shell is not None and hasattr(shell, "kernel")
-
-
-def _watched() -> bool:
-    return _in_notebook() or sys.stdout.isatty()
-
-
-def duration(seconds: float) -> str:
-    """'8 s', '3 min 05 s' or '2 h 10 min'."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 BINS = ("0-249", "250-499", "500-749", "750-999")  # noise levels: the timesteps that a hold-out column averages
@@ -321,8 +178,8 @@ def overfitting(record: dict) -> str:
     if len(record["holdout"]) < 3:
         return f"Over-fitting shows only with 3 or more hold-out measurements, and there are {len(record['holdout'])}."
     losses = {step: values.mean(axis=1) for step, values in _measured(record).items()}
-    first, *_, last = losses
-    best = min(losses, key=lambda step: losses[step].mean())
+    first, *later = losses
+    best, last = min(later, key=lambda step: losses[step].mean()), later[-1]
     if best == last:
         return f"No sign of over-fitting: the hold-out loss is lowest at the last measurement, step {last}."
     change = losses[last] - losses[best]

@@ -8,6 +8,8 @@ import statistics
 import threading
 import time
 
+from .progress import duration
+
 CALIBRATION = 5  # updates before a run says how long it will take
 
 
@@ -96,8 +98,6 @@ class Forecast:
 
     def sentence(self, at: int, budget: float) -> str:
         """What is to come after `at` updates: each leg's end, the next checkpoint, and where `budget` (s) ends."""
-        from .report import duration
-
         ends = [leg.until for leg in self.recipe.legs if leg.until > at]
         text = ", ".join(f"step {end} in {duration(self.seconds(at, end))}" for end in ends)
         following = min(at - at % self.recipe.save_every + self.recipe.save_every, self.recipe.steps)

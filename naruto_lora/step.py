@@ -81,7 +81,7 @@ def _of_one_shape(shapes, size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int = 4) -> torch.Tensor:
+def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int = 4, show=None) -> torch.Tensor:
     """Losses (N, draws) of each cached picture, unflipped, at fixed noise and stratified fixed timesteps, on the CPU.
 
     Column k has its timesteps in [1000 k / draws, 1000 (k + 1) / draws). The draws depend on a picture's place
@@ -104,4 +104,6 @@ def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int =
                 unet, **inputs, timesteps=timesteps[places].to(device), noise=drawn.to(device),
                 alphas_cumprod=alphas_cumprod,
             ).cpu()
+        if show:
+            show("hold-out", k + 1, draws)
     return losses

@@ -15,6 +15,7 @@ import torch
 
 from . import cache, checkpoint, data, files, lora, memory, models, pipeline, session, step
 from . import recipe as recipes
+from .progress import Progress
 
 MAX_GRAD_NORM = 1.0
 RETRIES = 16  # times that an overflowing update is tried again, at half the loss scale each
@@ -85,7 +86,7 @@ class Run:
         self.step, self.saved, self.saved_at = 0, None, time.time()  # updates done; those of the last checkpoint
         self.record = {"losses": [], "holdout": {}, "best_step": None, "seconds": 0.0}
         self.begun, self.forecast, self.interrupts = time.time(), session.Forecast(recipe), session.Interrupts()
-        self.warned = set()
+        self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
 
     def resume(self, found: Path, show=None) -> None:
         """Goes on from the checkpoint `found`; one of the mirror's is copied into `out` first, the best one too."""
@@ -151,6 +152,7 @@ class Run:
             "loss": loss,
             "lr": self.recipe.learning_rate(self.step - 1),
             "grad_norm": norm,
+            "holdout": self.holdout,
             "images_per_second": self.recipe.pictures_per_step / self.forecast.update(),
             "peak_gib": memory.peak_gib(),
             "left": self.forecast.seconds(self.step, self.recipe.steps),
@@ -245,13 +247,12 @@ class Run:
             if len(self.held) and str(self.step) not in known:
                 with self._autocast():
                     losses = step.holdout_losses(
-                        self.unet, self.held, self.alphas_cumprod, self.device, self.recipe.batch
+                        self.unet, self.held, self.alphas_cumprod, self.device, self.recipe.batch, show=show
                     )
                 known[str(self.step)] = losses.tolist()
-                if show:
-                    show(f"hold-out loss {losses.mean():.4f} at step {self.step}, pictures", len(losses), len(losses))
-            means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in known.items() if k != "0"}
-            self.record["best_step"] = min(means, key=means.get) if means else None
+            means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in known.items()}
+            self.holdout = means.get(self.step)
+            self.record["best_step"] = min((k for k in means if k), key=means.get, default=None)
             self._preview(show)
 
     def _preview(self, show) -> None:
@@ -404,8 +405,6 @@ def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    from .report import Progress
-
     parser = argparse.ArgumentParser(prog="python -m naruto_lora.train", description="Trains a recipe.")
     parser.add_argument("recipe", help=f"{', '.join(recipes.RECIPES)}, or a .json or .toml file")
     parser.add_argument("--out", type=Path, required=True, help="the run's folder; a run that is in it goes on")

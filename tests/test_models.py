@@ -56,6 +56,20 @@ def test_fp16_files_are_taken_where_they_are(base, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), whole.parameters(), strict=True))
 
 
+def test_a_unet_in_several_files_is_the_same_as_in_one(base, tmp_path):
+    from diffusers import UNet2DConditionModel
+
+    folder = shutil.copytree(base, tmp_path / "base")
+    shutil.rmtree(folder / "unet")
+    whole = UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32)
+    whole.save_pretrained(folder / "unet", max_shard_size="5MB")
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 2
+    for source in (base, str(folder)):
+        found = models.load_unet(source, torch.float32, CPU).state_dict()
+        assert found.keys() == whole.state_dict().keys()
+        assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
+
+
 def test_identity_changes_with_the_weights_not_with_their_place(base, tmp_path):
     folder = shutil.copytree(os.path.join(base, "vae"), tmp_path / "vae")
     before = models.identity(str(folder))

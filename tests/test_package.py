@@ -13,8 +13,8 @@ import naruto_lora
 FOLDER = Path(naruto_lora.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython")
-ORDER = ("files", "recipe", "data", "models", "memory", "cache", "lora", "step", "checkpoint", "pipeline", "session",
-         "train", "compare", "metrics", "report", "colab")
+ORDER = ("files", "progress", "recipe", "data", "models", "memory", "cache", "lora", "step", "checkpoint", "pipeline",
+         "session", "train", "compare", "metrics", "report", "colab")
 
 
 def run(code, cwd):
@@ -62,7 +62,7 @@ def imported(file):
 def test_modules_import_only_what_stands_before_them(module):
     before = ORDER[: ORDER.index(module)]
     later = imported(FOLDER / f"{module}.py") - set(before)
-    assert not later - ({"report"} if module in ("session", "train") else set()), later  # durations and progress
+    assert not later, later
 
 
 def test_nothing_outside_tiny_knows_of_it():

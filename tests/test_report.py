@@ -1,8 +1,5 @@
 """What a person sees of a run, and what a program reads."""
 
-import io
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,118 +11,6 @@ from PIL import Image
 from naruto_lora import metrics, report
 
 ROOT = Path(__file__).parents[1]
-
-
-def test_progress_without_a_terminal_is_a_few_lines(capsys):
-    show = report.Progress()
-    for k in range(1, 101):
-        show("pictures", k, 100)
-    for k in range(1, 701):
-        show("training", k, 700, loss=1.0 if k == 1 else 0.5, lr=1e-4, grad_norm=1.0, peak_gib=None)
-    lines = capsys.readouterr().out.splitlines()
-    assert 2 <= len(lines) <= 4 and not any("\r" in line or "\x1b" in line for line in lines)
-    assert "pictures" in lines[0] and "100/100" in lines[1] and "took" in lines[1]
-    assert "700/700" in lines[-1] and "loss 0.5000  learning rate 0.0001" in lines[-1] and "GiB" not in lines[-1]
-
-
-def test_progress_smooths_the_loss_and_tells_the_time_left(capsys, monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(report.time, "time", lambda: clock[0])
-    show = report.Progress(every=0)
-    for k, loss in ((5, 1.0), (6, 2.0), (10, 2.0)):  # resumed at 4: the first call's own time isn't known
-        show("training", k, 20, loss=loss, lr=1e-4, peak_gib=12.34)
-        clock[0] += 10
-    lines = capsys.readouterr().out.splitlines()
-    assert "left" not in lines[0] and "5/20" in lines[0] and "12.3 GiB" in lines[0]
-    assert "loss 1.1000" in lines[1] and "2 min 20 s left" in lines[1]  # 10 s a step, 14 to go
-    assert "loss 1.1900" in lines[2] and "40 s left" in lines[2]  # 20 s for 5 steps, 10 to go
-
-
-def test_a_phase_that_comes_again_counts_its_time_afresh_and_one_that_was_interrupted_does_not(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(report.time, "time", lambda: clock[0])
-    show = report.Progress(every=0)
-    for phase, done in (("training", 1), ("hold-out", 1), ("hold-out", 4), ("training", 2), ("hold-out", 1),
-                        ("hold-out", 2)):
-        show(phase, done, 4)
-        clock[0] += 10
-    lines = capsys.readouterr().out.splitlines()
-    assert "1 min 00 s left" in lines[3]  # 30 s for the second step, 2 to go
-    assert "left" not in lines[4] and "2/4  20 s left" in lines[5]  # 10 s for one picture, 2 to go
-
-
-FIGURES = dict(loss=1.0, lr=1e-4, grad_norm=1.0, images_per_second=1.234, peak_gib=12.34)
-
-
-def test_progress_says_what_a_step_gives_and_takes_the_runs_own_estimate(capsys):
-    show = report.Progress(every=0)
-    show("training", 5, 20, **FIGURES, left=None)
-    show("training", 6, 20, **FIGURES, left=65)
-    line = capsys.readouterr().out.splitlines()[1]
-    for part in ("1 min 05 s left", "loss 1.0000", "learning rate 0.0001", "1.23 images/s", "peak 12.3 GiB"):
-        assert part in line
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def in_a_terminal(monkeypatch, columns):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    return terminal
-
-
-def screen(text):
-    """The lines that stand in a terminal after `text`."""
-    lines = [""]
-    for part in re.split("(\n|\r\x1b\\[K)", text):
-        lines = [*lines, ""] if part == "\n" else [*lines[:-1], ""] if part.startswith("\r") else [
-            *lines[:-1], lines[-1] + part]
-    return lines
-
-
-@pytest.mark.parametrize("columns", [5, 40, 80, 200])
-def test_in_a_terminal_one_line_is_rewritten_and_never_wider(monkeypatch, columns):
-    terminal, show = in_a_terminal(monkeypatch, columns), report.Progress(every=0)
-    for k in (1, 2, 3):
-        show("training", k, 3, **FIGURES, left=10)
-    assert terminal.getvalue().count("\n") == 1
-    rewritten = re.split("\r\x1b\\[K", terminal.getvalue())[1:]
-    assert all(len(line.strip()) < columns for line in rewritten)
-    assert ("peak 12.3 GiB" in rewritten[-1]) == (columns == 200)
-    if columns == 80:
-        assert re.search(r"(loss 1.0000|learning rate 0.0001|images/s)$", rewritten[-1].strip())  # no half figure
-
-
-def test_a_note_in_a_terminal_stands_above_the_line_at_once(monkeypatch):
-    terminal, show = in_a_terminal(monkeypatch, 80), report.Progress(every=1000)
-    show.note("goes on from checkpoint-120")
-    show("drawing", 1, 2)
-    show.note("a warning")
-    lines = screen(terminal.getvalue())
-    assert lines[:2] == ["goes on from checkpoint-120", "a warning"] and "1/2" in lines[2] and len(lines) == 3
-    show("drawing", 2, 2)
-    show.note("the end")
-    lines = screen(terminal.getvalue())
-    assert "2/2" in lines[2] and lines[3:] == ["the end", ""]
-
-
-def test_a_note_where_nobody_watches_is_a_line_at_once(capsys):
-    show = report.Progress()
-    show("training", 1, 9, **FIGURES)
-    show("training", 2, 9, **FIGURES)
-    show.note("stopped at step 2")
-    assert [line[:7] for line in capsys.readouterr().out.splitlines()] == ["trainin", "stopped"]
-
-
-@pytest.mark.parametrize(
-    "seconds, text", [(0, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
-)
-def test_durations(seconds, text):
-    assert report.duration(seconds) == text
 
 
 def record(means, pictures=12, noise=0.0, best=None, steps=60):
@@ -269,31 +154,6 @@ def test_json_holds_figures_and_arrays_and_reads_back(tmp_path):
     read = report.read_json(file)
     assert read["f"] == {"value": 1.5, "low": 1, "high": 2, "n": 9}
     assert read["a"] == [0, 1, 2] and read["n"] == 0.5 and read["p"] == str(tmp_path) and read["é"] == "é"
-
-
-def test_a_saved_notebook_keeps_each_phases_last_state_and_the_notes():
-    """In a real kernel: one display a cell, also if one Progress serves several."""
-    import nbformat
-    from nbclient import NotebookClient
-
-    first = (
-        "from naruto_lora.report import Progress\nshow = Progress(every=0)\nshow.note('goes on <b>')\n"
-        "for phase in ('captions', 'training', 'hold-out'):\n    for k in range(1, 6):\n        show(phase, k, 9)\n"
-        "show('training', 6, 9)"
-    )
-    second = "show.every = 1000\nshow('hold-out', 1, 9)\nshow('hold-out', 2, 9)\nshow.note('ended')"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in (first, second)])
-    NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    kept = [cell.outputs for cell in book.cells]
-    assert [[output.output_type for output in outputs] for outputs in kept] == [["display_data"]] * 2
-    plain = [outputs[0].data["text/plain"].splitlines() for outputs in kept]
-    assert [line.split("  ")[0] for line in plain[0]] == ["goes on <b>", "captions", "training", "hold-out"]
-    assert "6/9" in plain[0][2] and "5/9" in plain[0][3]
-    assert "1/9" in plain[1][0] and plain[1][1] == "ended"
-    shown = kept[0][0].data["text/html"]
-    assert "goes on &lt;b&gt;" in shown and shown.count("<progress") == 3
-    assert "color" not in shown and "background" not in shown  # the theme's own
-    assert "widget" not in json.dumps(book)
 
 
 def test_importing_report_needs_no_matplotlib():

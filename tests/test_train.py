@@ -348,7 +348,7 @@ def test_an_interrupt_amid_a_step_leaves_that_step_out(plan, trained, cache_fold
 
 
 def test_measuring_does_not_make_an_interrupt_wait(plan, cache_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(step, "holdout_losses", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(step, "holdout_losses", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     run = train.begin(plan, tmp_path, cache_folder)
     with pytest.raises(KeyboardInterrupt):
         run.to_the_end()
@@ -456,7 +456,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_what_was_kept(
 
 def test_the_best_step_is_marked_and_its_checkpoint_kept(plan, cache_folder, tmp_path, monkeypatch):
     means = iter((1.0, 0.9, 0.5, 0.7, 0.6, 0.8, 0.9))
-    monkeypatch.setattr(step, "holdout_losses", lambda *_: torch.full((3, 4), next(means)))
+    monkeypatch.setattr(step, "holdout_losses", lambda *_, **__: torch.full((3, 4), next(means)))
     long = plan.replace(legs=(Leg(12, 1e-3),), measure_every=2, save_every=1, previews=0)
     record = train.train(long, tmp_path, cache_folder)
     assert list(record["holdout"]) == ["0", "2", "4", "6", "8", "10", "12"] and record["best_step"] == 4

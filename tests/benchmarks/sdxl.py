@@ -44,7 +44,7 @@ def unet():
 
 
 def write(folder: Path, tokenizers: Path) -> Path:
-    """A random SDXL in diffusers' layout, fp16 (7 GB), with the tokenizers of another base; needs a GPU."""
+    """A random SDXL in diffusers' layout, fp16 (7 GB), tokenizers and index those of another base; needs a GPU."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -66,5 +66,5 @@ def write(folder: Path, tokenizers: Path) -> Path:
         shutil.copytree(tokenizers / name, folder / name, dirs_exist_ok=True)
         config = folder / name / "tokenizer_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 77}))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+    shutil.copy(tokenizers / "model_index.json", folder)
     return folder
