@@ -238,7 +238,8 @@ def work(options, tasks: list[tuple], jobs: int) -> None:
                 pool.shutdown(cancel_futures=True)
             future.result()
             task, variant, seed = futures[future]
-            print(f"{number}/{len(tasks)}  {task.__name__} {variant} {seed} after {time.time() - begun:.0f} s", flush=True)
+            took = time.time() - begun
+            print(f"{number}/{len(tasks)}  {task.__name__} {variant} {seed} after {took:.0f} s", flush=True)
 
 
 @contextlib.contextmanager
