@@ -43,6 +43,7 @@ def drawn(rows, plan, folder, counts, show=None):
 
 
 def test_cached_is_what_the_pipeline_would_encode(plan, examples, encoded, pipe):
+    """Also under shuffle, where a cousin of the stock script pairs latents with other pictures' captions."""
     indices, count = [4, 0, 2], 3
     noise = torch.randn(count, *encoded.shapes[0], generator=torch.Generator().manual_seed(0))
     dropped, flipped = torch.tensor([False, False, True]), torch.zeros(3, dtype=torch.bool)

@@ -10,40 +10,40 @@ import pytest
 from naruto_lora import checkpoint, lora, train
 from naruto_lora.recipe import Leg
 
-# Dies by its own hand at the n-th of these events, or by a clock that starts with the first: half of the times each.
+# Dies by its own hand at the n-th event below whose place has `part` in it, or at a moment of the clock.
 DRIVER = """
-import os, random, signal, sys, threading, time
+import os, random, signal, sys, threading
 from naruto_lora import cache, checkpoint, files, train
 
-plan, out, cache_folder, mirror, seed = sys.argv[1:]
-rng, count = random.Random(int(seed)), [0]
-last, seconds = rng.randint(1, 40), rng.random() * 3
-by_clock = rng.random() < 0.5
+plan, out, cache_folder, mirror, part, seed = sys.argv[1:]
+rng, place, count = random.Random(int(seed)), [], [0]
+last, seconds = rng.randint(1, 4 if part == "encode" else 30), 3 * rng.random()
+cache.SHARD_ENTRIES = 8
 
 def die():
-    print(where[0], flush=True)
+    print("/".join(place) or "between", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 def watched(module, name):
     function = getattr(module, name)
     def call(*arguments, **options):
-        where[0] = f"{module.__name__}.{name}"
-        count[0] += 1
-        if count[0] == 1 and by_clock:
+        place.append(name)
+        if part == "clock" and not count[0]:
             threading.Timer(seconds, die).start()
-        if count[0] == last and not by_clock:
+        count[0] += part == "clock" or part in "/".join(place)
+        if part != "clock" and count[0] == last:
             die()
-        result = function(*arguments, **options)
-        where[0] = "between"
-        return result
+        try:
+            return function(*arguments, **options)
+        finally:
+            place.pop()
     setattr(module, name, call)
 
-where = ["between"]
 for module, names in (
     (os, ("fsync", "rename", "replace")),
     (checkpoint, ("save", "save_file", "fetch", "rotate")),
     (files, ("sha256", "flush", "copy_whole", "replace")),
-    (cache, ("save", "encode_prompts", "encode_pictures")),
+    (cache, ("encode", "encode_prompts", "encode_pictures")),
     (train.step, ("diffusion_loss", "holdout_losses")),
 ):
     for name in names:
@@ -51,6 +51,7 @@ for module, names in (
 train.train(plan, out, cache_folder, mirror=mirror)
 os._exit(0)
 """
+PARTS = ("encode", "encode", "save", "clock", "", "fetch")  # "": any event
 
 
 def killed_until_done(plan, folder, kills, seed):
@@ -61,13 +62,15 @@ def killed_until_done(plan, folder, kills, seed):
     rng, died = random.Random(seed), []
     command = [sys.executable, "-c", DRIVER, file, folder / "run", folder / "cache", folder / "drive" / "run"]
     while len(died) < kills:
-        result = subprocess.run([*command, str(rng.randint(0, 10**6))], capture_output=True, text=True, timeout=300)
+        part = PARTS[len(died)] if len(died) < len(PARTS) else rng.choice(PARTS[2:5])
+        what = [part, str(rng.randint(0, 10**6))]
+        result = subprocess.run([*command, *what], capture_output=True, text=True, timeout=300)
         if result.returncode == -signal.SIGKILL:
             died.append(result.stdout.splitlines()[-1])
         elif result.returncode:
             pytest.fail(result.stderr)
-        else:  # done too early: what is left of the kills is for its end
-            break
+        else:
+            break  # done too early
     train.train(plan, folder / "run", folder / "cache", mirror=folder / "drive" / "run")
     return died
 
@@ -90,8 +93,8 @@ def test_killed_at_random_moments_it_ends_as_if_unbroken(plan, tmp_path, kills, 
     died = killed_until_done(plan, folder, kills, seed=kills)
     print(f"killed {len(died)} times: {', '.join(died)}")
     assert len(died) == kills
-    if kills > 10:
-        assert any("encode" in place for place in died) and any("save" in place for place in died)
+    for part in ("encode", "save"):
+        assert any(part in place.split("/") for place in died)
     assert same_files(folder / "run", tmp_path / "unbroken" / "run")
     assert same_files(folder / "drive" / "run", tmp_path / "unbroken" / "run")
     state = checkpoint.read_state(checkpoint.newest([folder / "run"]))

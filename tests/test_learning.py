@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from naruto_lora import metrics, pipeline, recipe, tiny, train
+from naruto_lora import metrics, pipeline, recipe, report, tiny, train
 from naruto_lora.tiny import judge, world
 
 pytestmark = pytest.mark.slow
@@ -46,6 +46,26 @@ def test_the_lora_still_draws_what_is_asked(learnt):
 
 
 def test_the_holdout_loss_at_least_halves(learnt):
-    before, after = learnt[0]["holdout"].values()
-    assert np.mean(after) <= np.mean(before) / 2
-    assert metrics.paired(before, after).high < 0
+    first, *_, last = (np.mean(losses, axis=1) for losses in learnt[0]["holdout"].values())
+    assert last.mean() <= first.mean() / 2
+    assert metrics.paired(first, last).high < 0
+
+
+@pytest.mark.parametrize("pictures, holdout, learnt_by_heart", [(40, 0.65, True), (333, 0.1, False)])
+def test_overfitting_is_seen_on_a_dozen_pictures_and_not_on_three_hundred(
+    base, tmp_path, pictures, holdout, learnt_by_heart
+):
+    plan = recipe.Recipe(
+        "long", (recipe.Leg(300, 3e-3),), resolution=32, batch=6, accumulation=1, holdout=holdout, precision="fp32",
+        save_every=1000, measure_every=30, previews=0, base=base, vae="",
+        dataset=str(world.write_dataset(tmp_path / "data", count=pictures, size=64)),
+    )
+    record = train.train(plan, tmp_path / "run")
+    trained, means = record["pictures"]["training"], [np.mean(v) for v in record["holdout"].values()]
+    said = report.overfitting(record)
+    if learnt_by_heart:
+        assert trained == 12 and 30 <= record["best_step"] <= 150 and means[-1] > 1.05 * min(means)
+        assert f"lowest at step {record['best_step']} and has risen" in said
+        assert (tmp_path / "run" / f"checkpoint-{record['best_step']}").is_dir()
+    else:
+        assert trained > 290 and "No sign of over-fitting" in said

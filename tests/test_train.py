@@ -1,5 +1,6 @@
 """The loop: resumed = unbroken, accumulation = a larger batch, and nothing lost when it can't go on."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from naruto_lora import checkpoint, files, lora, models, pipeline, step, train
+from naruto_lora import checkpoint, data, files, lora, models, pipeline, step, train
 from naruto_lora.recipe import RECIPES, Leg
 
 
@@ -69,6 +70,7 @@ def test_the_record_says_what_was_done(plan, trained, examples):
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_stopped_and_resumed_is_unbroken(plan, trained, cache_folder, tmp_path, steps):
+    """The stock script starts the epoch again, in another order."""
     with pytest.raises(Stop):
         train.train(plan, tmp_path, cache_folder, stop_after(steps))
     assert not (tmp_path / lora.FILE).exists()
@@ -164,6 +166,51 @@ def test_accumulation_is_one_larger_batch(plan, cache_folder, tmp_path):
         assert (gradient - gradients[0]).norm() < 1e-4 * gradients[0].norm()
 
 
+def repeated(encoded, count):
+    """A cache of `count` examples, the same ones over and over."""
+    columns = {name: (getattr(encoded, name) * count)[:count] for name in
+               ("names", "shapes", "latents", "mirrored", "prompts")}
+    return dataclasses.replace(encoded, **columns)
+
+
+@pytest.mark.parametrize("batch, accumulation", [(12, 8), (1, 8)])
+def test_the_recipes_own_accumulation_is_one_batch(plan, encoded, cache_folder, tmp_path, batch, accumulation):
+    sizes, found = ((batch, accumulation), (batch * accumulation, 1)), []
+    for size, count in sizes:
+        run = train.begin(plan.replace(batch=size, accumulation=count), tmp_path, cache_folder)
+        run.trained = repeated(encoded, 100)
+        draw = step.draw(run.recipe, 0, run.trained.shapes)
+        assert len(draw.indices) == batch * accumulation
+        losses = run._accumulate(draw)
+        found.append((losses, torch.cat([p.grad.flatten() for p in run.parameters])))
+    (losses, gradient), (whole_losses, whole) = found
+    torch.testing.assert_close(losses, whole_losses, rtol=1e-4, atol=1e-6)
+    assert (gradient - whole).norm() < 1e-4 * whole.norm()
+
+
+def test_a_step_on_the_cache_is_that_on_fresh_encodings(plan, examples, pipe, cache_folder, tmp_path):
+    run = train.begin(plan, tmp_path, cache_folder)
+    draw = step.draw(plan, 0, run.trained.shapes)
+    cached = run._accumulate(draw)
+    gradient = torch.cat([p.grad.flatten() for p in run.parameters])
+    rows = [examples[0][i] for i in draw.indices]
+    embeds, _, pooled, _ = pipe.encode_prompt([row.caption for row in rows], do_classifier_free_guidance=False)
+    crops = [data.crop(row.image(), plan.resolution) for row in rows]
+    posterior = pipe.vae.encode(data.pixels([image for image, _ in crops])).latent_dist
+    latents = posterior.mean + posterior.std * torch.stack(draw.latent_noise)
+    kept = (~draw.dropped).float()
+    run.unet.zero_grad()
+    losses = step.diffusion_loss(
+        run.unet, (latents * pipe.vae.config.scaling_factor).detach(), embeds * kept[:, None, None],
+        pooled * kept[:, None], torch.tensor([ids for _, ids in crops], dtype=torch.float32), draw.timesteps,
+        torch.stack(draw.noise), run.alphas_cumprod,
+    )
+    losses.mean().backward()
+    fresh = torch.cat([p.grad.flatten() for p in run.parameters])
+    torch.testing.assert_close(cached, losses.detach(), rtol=1e-3, atol=1e-5)
+    assert (fresh - gradient).norm() < 1e-3 * gradient.norm()
+
+
 def test_a_short_last_batch_counts_by_its_own_size(plan, cache_folder, tmp_path):
     run = train.begin(plan, tmp_path, cache_folder)
     last = train.step.steps_per_epoch(len(run.trained), plan) - 1
@@ -179,12 +226,13 @@ def test_a_short_last_batch_counts_by_its_own_size(plan, cache_folder, tmp_path)
 
 
 def test_the_optimizer_uses_the_recipes_learning_rate(plan, cache_folder, tmp_path):
+    """The stock script stretches its cosine by the accumulation."""
     legs = RECIPES["naruto-1024"].legs
     run = train.begin(plan.replace(legs=legs), tmp_path, cache_folder)
     before = numbers(run.parameters[1::2])  # the B matrices: zeros, so AdamW's first step is the rate itself
     used = []
     run.optimizer.register_step_post_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
-    steps = (0, 299, 300, 449, 599, 600, 764)
+    steps = (0, 1, 299, 300, 301, 449, 450, 599, 600, 601, 764)
     for run.step in steps:
         run.update()
         if run.step == 0:
@@ -240,7 +288,7 @@ def test_gradients_that_stay_infinite_stop_the_run_and_change_nothing(plan, cach
 
 
 def test_an_overflowing_update_is_tried_again_not_counted(plan, cache_folder, tmp_path):
-    """What fp16 does on a GPU, by a loss scale that overflows fp32."""
+    """What fp16 does on a GPU, by a loss scale that overflows fp32; the stock script counts such a step."""
     plain, scaled = (train.begin(plan, tmp_path / name, cache_folder) for name in ("plain", "scaled"))
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     tried = []

@@ -89,20 +89,21 @@ OURS, STOCK, NO_LORA = "ours", "stock script", "base"
 SWITCHES = {
     OURS: Switch(),
     "caption dropout 0": Switch({"caption_dropout": 0.0}),
+    "caption dropout 0.25": Switch({"caption_dropout": 0.25}),
     "timesteps uniform": Switch(patch=("draw", uniform_timesteps)),
     "min-SNR weights": Switch(patch=("diffusion_loss", min_snr)),
     "constant rate": Switch({"schedule": "constant"}),
 }
-VARIANTS = (STOCK, *SWITCHES)  # in the order of the table, after the base
 
 
 def our_recipe(options, seed: int, steps: int, switch: Switch = SWITCHES[OURS]) -> recipe.Recipe:
-    fields = {"caption_dropout": 0.25, "schedule": "cosine"} | switch.fields
-    return recipe.Recipe(
-        "ours", (recipe.Leg(steps, RATE, fields["schedule"]),), resolution=SIZE, batch=BATCH, accumulation=1,
-        rank=RANK, alpha=RANK, caption_dropout=fields["caption_dropout"], holdout=0.0, precision="fp32", seed=seed,
-        save_every=steps, previews=0, base=str(BASE), vae="", dataset=str(options.out / "training"),
+    fields = {"schedule": "cosine"} | switch.fields
+    plan = recipe.Recipe(
+        "ours", (recipe.Leg(steps, RATE, fields.pop("schedule")),), resolution=SIZE, batch=BATCH, accumulation=1,
+        rank=RANK, alpha=RANK, holdout=0.0, precision="fp32", seed=seed, save_every=steps, previews=0,
+        base=str(BASE), vae="", dataset=str(options.out / "training"),
     )
+    return plan.replace(**fields)
 
 
 def run_ours(options, variant: str, seed: int, folder: Path) -> Path:
@@ -252,22 +253,31 @@ def one_setting(name: str, value):
         del os.environ[name]
 
 
+def wanted(options) -> list[tuple[str, int]]:
+    """(variant, seed) of every training, the base among them."""
+    both = [(variant, seed) for seed in range(options.seeds) for variant in (STOCK, OURS)]
+    switches = [(variant, seed) for seed in range(options.switch_seeds) for variant in SWITCHES if variant != OURS]
+    return [(NO_LORA, 0), *both, *switches]
+
+
 def summary(options) -> list[dict]:
-    """A row a variant: means over the seeds; hold-out losses also paired with ours, picture by picture."""
-    runs = {v: [report.read_json(result_file(options, v, s)) for s in range(options.seeds)] for v in VARIANTS}
-    runs = {NO_LORA: [report.read_json(result_file(options, NO_LORA, 0))]} | runs
-    losses = {v: np.mean([run["holdout_losses"] for run in found], axis=0) for v, found in runs.items()}  # (N,)
+    """A row a variant: means over its seeds; hold-out losses against ours of the same seeds, picture by picture."""
+    runs: dict[str, list] = {}
+    for variant, seed in wanted(options):
+        runs.setdefault(variant, []).append(report.read_json(result_file(options, variant, seed)))
     best, rows = {}, []
     for variant, found in runs.items():
+        losses, ours = (np.mean([run["holdout_losses"] for run in part], axis=0)  # (N,)
+                        for part in (found, runs[OURS][: len(found)]))
         shares = {
             f"{name} {g}": float(np.mean([run[str(g)][name]["value"] for run in found]))
             for name in ("attributes", "style") for g in GUIDANCE
         }
         best[variant] = max(shares[f"attributes {g}"] for g in GUIDANCE)
-        gain = metrics.paired(losses[OURS], losses[variant])
+        gain = metrics.paired(ours, losses)
         seeds = [float(np.mean(run["holdout_losses"])) for run in found]
-        row = {"variant": variant, "seeds": len(found), "holdout_loss": float(losses[variant].mean())}
-        row |= {"of_ours": row["holdout_loss"] / float(losses[OURS].mean())}
+        row = {"variant": variant, "seeds": len(found), "holdout_loss": float(losses.mean())}
+        row |= {"of_ours": row["holdout_loss"] / float(ours.mean())}
         row |= {"holdout_least": min(seeds), "holdout_most": max(seeds)}
         row |= {"beyond_ours": gain.value, "beyond_low": gain.low, "beyond_high": gain.high} | shares
         rows.append(row | {"lost": best[NO_LORA] - best[variant]} | times(options, variant))
@@ -346,6 +356,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=700, help="updates")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--switch-seeds", type=int, default=1, help="seeds of each single switch")
     parser.add_argument("--pictures", type=int, default=512, help="to train on")
     parser.add_argument("--prompts", type=int, default=200, help="to judge by")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at the same time")
@@ -358,8 +369,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     prepare(options)
-    wanted = [(NO_LORA, 0), *((variant, seed) for seed in range(options.seeds) for variant in VARIANTS)]
-    missing = [(job, *which) for which in wanted if not result_file(options, *which).exists()]
+    missing = [(job, *which) for which in wanted(options) if not result_file(options, *which).exists()]
     work(options, missing, options.jobs)
     alone = [(STOCK, 0), (OURS, 0)]  # afterwards: then every library has been read from the disk
     steps = options.timed_steps
