@@ -10,7 +10,6 @@ On a machine without a GPU, `--base` (the embedded one) and `--recipe` (a .json)
 import argparse
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -97,10 +96,10 @@ def work(args) -> None:
     if args.worker.endswith("deterministic"):
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    anonymous = watch_memory()
+    peaks = watch_memory()
     begun, folder = time.time(), args.out / args.worker
     run = train.begin(plan(args), folder, args.out / "cache", Progress(10))
-    figures = {"seconds_until_first_step": round(time.time() - begun, 1), "loading": host(anonymous)}
+    figures = {"seconds_until_first_step": round(time.time() - begun, 1), "loading": host(peaks)}
     if args.worker != "encode":
         log_steps(run, args.out / f"{args.worker}.jsonl")
         run.to_the_end(Progress(10))
@@ -109,7 +108,7 @@ def work(args) -> None:
             "seconds_a_step": run.forecast.update(),
             "peak_gib": record["peak_gib"],
             "losses": record["losses"],
-            "training": host(anonymous),
+            "training": host(peaks),
         }
     (args.out / f"{args.worker}.json").write_text(json.dumps(figures))
 
@@ -136,25 +135,27 @@ def log_steps(run: train.Run, file: Path) -> None:
     run.optimizer.register_step_post_hook(stepped)
 
 
-def watch_memory() -> list[float]:
-    """A list whose one entry is the peak of this process's own pages (RssAnon, GiB), sampled from now on."""
-    peak = [0.0]
+def watch_memory() -> dict[str, float]:
+    """The peaks of this process's host memory from now on, sampled: GiB resident, and of these its own pages.
+
+    (ru_maxrss would not do: a process begins with its parent's.)
+    """
+    peaks = {"VmRSS": 0.0, "RssAnon": 0.0}
 
     def sample():
         while True:
             for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("RssAnon"):
-                    peak[0] = max(peak[0], int(line.split()[1]) / 2**20)
+                name = line.split(":")[0]
+                if name in peaks:
+                    peaks[name] = max(peaks[name], int(line.split()[1]) / 2**20)
             time.sleep(0.02)
 
     threading.Thread(target=sample, daemon=True).start()
-    return peak
+    return peaks
 
 
-def host(anonymous: list[float]) -> dict:
-    """GiB of host memory so far: the most that was resident (files mapped included), the most of its own."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"peak_rss_gib": round(resident, 2), "peak_own_gib": round(anonymous[0], 2)}
+def host(peaks: dict[str, float]) -> dict:
+    return {"peak_resident_gib": round(peaks["VmRSS"], 2), "of_which_own_gib": round(peaks["RssAnon"], 2)}
 
 
 def report(args) -> dict:
