@@ -37,7 +37,7 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str] | None = None, 
 def over_time(
     previews: dict[int, list[Image.Image]], prompts: list[str], size: int = 224, columns: int = 7
 ) -> Image.Image:
-    """A run's previews {step: a picture a prompt} as one picture: a column a step, a row a prompt.
+    """A run's previews {step: a picture a prompt} as one picture: a column a step, a row a prompt that was drawn.
 
     Of more than `columns` steps evenly spaced ones are taken, the first and the last always.
     """
@@ -48,7 +48,8 @@ def over_time(
     font, cell = ImageFont.load_default(size // 11 + 4), size + MARGIN
     width = MARGIN + count * cell
     letters = max(8, int((width - 2 * MARGIN) / font.getlength("n")))
-    texts = [textwrap.fill(prompt, letters, max_lines=3) for prompt in prompts]
+    rows = max(map(len, previews.values()))
+    texts = [textwrap.fill(prompt, letters, max_lines=3) for prompt in prompts[:rows]]
     line, top = font.size + 6, MARGIN + font.size + 6
     sheet = Image.new("RGB", (width, top + sum(cell + line * (t.count("\n") + 1) for t in texts)), PAPER)
     pen = ImageDraw.Draw(sheet)

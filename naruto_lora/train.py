@@ -89,13 +89,16 @@ class Run:
         self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
 
     def resume(self, found: Path, show=None) -> None:
-        """Goes on from the checkpoint `found`; one of the mirror's is copied into `out` first, the best one too."""
+        """Goes on from the checkpoint `found`; the mirror's comes into `out` first, with the best one and previews."""
         state = checkpoint.read_state(found)
         best = state["record"]["best_step"]
         if found.parent != self.out:
             for path in {found, found.with_name(f"checkpoint-{best}")}:
                 if checkpoint.problem(path) is None:
                     checkpoint.fetch(path, self.out)
+            (self.out / "previews").mkdir(exist_ok=True)
+            for path in (found.parent / "previews").glob("step-*.jpg"):
+                files.copy_whole(path, self.out / "previews" / path.name)
         checkpoint.restore(self.out / found.name, self.unet, self.optimizer)
         self.step, self.record, self.saved = state["step"], state["record"], state["step"]
         self.scaler.load_state_dict(state["scaler"])

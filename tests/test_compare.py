@@ -84,6 +84,8 @@ def test_of_many_previews_the_first_the_last_and_some_between_are_shown(monkeypa
     written.clear()
     compare.over_time({0: plain("red"), 30: []}, ["x"], 32)  # the second was cut off before its picture
     assert written == ["step 0", "step 30", "x"]
+    alone = compare.over_time({0: plain("red")}, ["x"], 32)
+    assert compare.over_time({0: plain("red")}, ["x", "never drawn"], 32).size == alone.size
     with pytest.raises(ValueError, match="no previews to show"):
         compare.over_time({}, ["x"])
 

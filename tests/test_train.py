@@ -427,6 +427,10 @@ def test_a_checkpoint_also_comes_by_the_clock(plan, cache_folder, tmp_path, monk
     assert saved == [2, 4, 6]
 
 
+def previews(step):
+    return [f"previews/step-{step:06d}-{n}.jpg" for n in (0, 1)]
+
+
 def test_the_mirror_alone_is_enough(plan, trained, cache_folder, tmp_path):
     out, mirror = tmp_path / "local" / "run", tmp_path / "drive" / "run"
     mirror.parent.mkdir()
@@ -437,7 +441,7 @@ def test_the_mirror_alone_is_enough(plan, trained, cache_folder, tmp_path):
     record = train.train(plan, out, cache_folder, watcher, mirror)
     assert watcher.steps == [5, 6] and watcher.notes[0].startswith(f"goes on from {mirror / 'checkpoint-4'}, at step 4")
     assert same_adapter(out, trained.folder) and record["losses"] == trained.record["losses"]
-    for name in (lora.FILE, f"{plan.name}.safetensors", "run.json", "previews/step-000006-1.jpg"):
+    for name in (lora.FILE, f"{plan.name}.safetensors", "run.json", *previews(0), *previews(6)):
         assert (mirror / name).read_bytes() == (out / name).read_bytes(), name
     assert checkpoint.newest([mirror]).name == "checkpoint-6"
 
