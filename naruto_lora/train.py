@@ -259,19 +259,24 @@ class Run:
             self._preview(show)
 
     def _preview(self, show) -> None:
-        """Draws the first hold-out captions as the model is now, into `out`/previews."""
+        """Draws the first hold-out captions as the model is now, into `out`/previews; a failure stops no training."""
         prompts = self.held if len(self.held) else self.trained
         count = min(self.recipe.previews, len(prompts))
         paths = [self.out / "previews" / f"step-{self.step:06d}-{k}.jpg" for k in range(count)]
         if all(path.exists() for path in paths):
             return
         memory.free()
-        with self._autocast():
-            pictures = pipeline.preview(self.unet, self.recipe, prompts.prompts_of(range(count), self.device))
-        paths[0].parent.mkdir(exist_ok=True)
-        for path, picture in zip(paths, pictures, strict=True):
-            picture.save(path, quality=90)
-            self._to_mirror(path, show)
+        try:
+            with self._autocast():
+                pictures = pipeline.preview(self.unet, self.recipe, prompts.prompts_of(range(count), self.device))
+            paths[0].parent.mkdir(exist_ok=True)
+            for path, picture in zip(paths, pictures, strict=True):
+                files.replace(path, lambda temporary, drawn=picture: drawn.save(temporary, "JPEG", quality=90))
+                self._to_mirror(path, show)
+        except session.Interrupted:
+            raise
+        except Exception as error:  # whatever it is: hours of training are worth more
+            self._warn_once(f"no previews ({type(error).__name__}: {str(error)[:100]}); the run goes on", show)
 
     def save(self, show=None) -> None:
         """Writes checkpoint-<step> and its copy in the mirror, unless that is done; drops the oldest."""

@@ -529,6 +529,18 @@ def test_previews_are_drawn_as_the_pipeline_draws(plan, trained, examples):
     assert names == [f"step-{k:06d}-{n}.jpg" for k in (0, 6) for n in (0, 1)]
 
 
+def test_previews_that_fail_stop_no_training(plan, trained, cache_folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "preview", fail)
+    watcher = Watcher()
+    train.train(plan, tmp_path, cache_folder, watcher)
+    assert same_adapter(tmp_path, trained.folder)
+    told = "no previews (OutOfMemoryError: CUDA out of memory); the run goes on"
+    assert [text for text in watcher.notes if "previews" in text] == [told]
+
+
 def test_the_end_loads_no_second_model(plan, cache_folder, tmp_path, monkeypatch):
     """The stock script loads a whole pipeline there, and can run out of memory after hours."""
     run = train.begin(plan, tmp_path, cache_folder)
