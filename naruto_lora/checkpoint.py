@@ -140,6 +140,12 @@ def enough_disk(out: Path, parameters: list) -> None:
         )
 
 
+def tidy(folder: Path) -> None:
+    """Removes what a killed run left half written or half removed."""
+    for left in [*folder.glob(".writing-*"), *folder.glob(".old-*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def read_state(checkpoint: Path) -> dict:
     """The `state` that was saved with it, and its 'step'."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

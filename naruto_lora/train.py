@@ -50,6 +50,7 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     mirror = _ready(mirror, show)
     models.check_base(recipe.base, recipe.vae)
     examples, held = data.split(data.load(recipe.dataset), recipe.holdout)
+    checkpoint.tidy(out)
     found = checkpoint.newest([out] + ([mirror] if mirror else []), show)
     sources = sources_of(recipe, examples)
     if found:
@@ -395,6 +396,7 @@ def _ready(mirror: str | Path | None, show) -> Path | None:
     try:
         Path(mirror).mkdir(exist_ok=True)
         files.writable(Path(mirror))
+        checkpoint.tidy(Path(mirror))
     except OSError as error:
         files.tell(show, f"the mirror '{mirror}' can't be used ({error.strerror or error}); the run goes on without it")
     return Path(mirror)

@@ -74,12 +74,14 @@ def test_stopped_and_resumed_is_unbroken(plan, trained, cache_folder, tmp_path, 
     with pytest.raises(Stop):
         train.train(plan, tmp_path, cache_folder, stop_after(steps))
     assert not (tmp_path / lora.FILE).exists()
-    (tmp_path / ".writing-4").mkdir(exist_ok=True)
-    (tmp_path / ".writing-4" / "state.json").write_text("{")  # a write that was killed
+    for name in (".writing-4", ".old-checkpoint-0"):  # a write that was killed, and a removal
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "state.json").write_text("{")
     record = train.train(plan, tmp_path, cache_folder)
     assert same_adapter(tmp_path, trained.folder)
     assert record["losses"] == trained.record["losses"] and record["holdout"] == trained.record["holdout"]
     assert record["best_step"] == trained.record["best_step"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in trained.folder.iterdir())
     ours, theirs = (load_file(checkpoint.find(f)[-1] / "optimizer.safetensors") for f in (tmp_path, trained.folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
