@@ -16,11 +16,12 @@ def diffusion_loss(unet, latents, prompt_embeds, pooled, time_ids, timesteps, no
     alphas_cumprod (1000,) fp32 on the device of the rest. The noise schedule and the loss are fp32; the U-Net
     runs in its own dtype.
     """
+    dtype = next(unet.parameters()).dtype  # diffusers' own `unet.dtype` walks through every module
     alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)  # (B, 1, 1, 1) fp32
     noisy = alpha.sqrt() * latents.float() + (1 - alpha).sqrt() * noise.float()
-    added = {"text_embeds": pooled.to(unet.dtype), "time_ids": time_ids.to(unet.dtype)}
+    added = {"text_embeds": pooled.to(dtype), "time_ids": time_ids.to(dtype)}
     predicted = unet(
-        noisy.to(unet.dtype), timesteps, encoder_hidden_states=prompt_embeds.to(unet.dtype), added_cond_kwargs=added
+        noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype), added_cond_kwargs=added
     ).sample
     return (predicted.float() - noise.float()).square().mean(dim=(1, 2, 3))  # (B,)
 

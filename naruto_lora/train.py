@@ -405,7 +405,7 @@ def _ready(mirror: str | Path | None, show) -> Path | None:
 def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
     """8-bit AdamW (bitsandbytes, arXiv 2110.02861) on CUDA; on the CPU torch's AdamW, the same rule in 32 bits."""
     if device.type != "cuda":
-        return torch.optim.AdamW(parameters, weight_decay=1e-2)
+        return torch.optim.AdamW(parameters, weight_decay=1e-2, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

@@ -37,7 +37,9 @@ def test_the_noise_schedule_stays_fp32_under_a_half_precision_unet():
     """A U-Net that gives back what it is shown: the loss says how exactly the noisy latents were made."""
 
     class Mirror(torch.nn.Module):
-        dtype = torch.float16
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float16))
 
         def forward(self, sample, timesteps, encoder_hidden_states, added_cond_kwargs):
             assert sample.dtype == encoder_hidden_states.dtype == torch.float16
@@ -165,7 +167,9 @@ def test_holdout_losses_come_by_timestep_bin_and_never_flipped(encoded):
     """A U-Net whose error is the timestep it is told: the losses say which timesteps each column had."""
 
     class Told(torch.nn.Module):
-        dtype = torch.float32
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, sample, timesteps, encoder_hidden_states, added_cond_kwargs):
             scaled = timesteps.view(-1, 1, 1, 1) * torch.ones_like(sample)
