@@ -291,7 +291,7 @@ class Run:
         try:
             return checkpoint.save(self.out, self.step, self.unet, self.optimizer, state)
         except OSError:  # a full disk: older checkpoints make room
-            checkpoint.rotate(self.out, self.step, self.record["best_step"], keep=1)
+            checkpoint.rotate(self.out, self.saved or 0, self.record["best_step"], keep=1)
         try:
             return checkpoint.save(self.out, self.step, self.unet, self.optimizer, state)
         except OSError as error:

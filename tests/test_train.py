@@ -554,3 +554,17 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert train.main(["naruto-1024", "--out", str(tmp_path)]) == 1
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("stopped: this recipe trains in fp16") and error.count("\n") == 1
+
+
+def test_a_full_disk_spares_the_newest_usable_checkpoint(plan, cache_folder, tmp_path, monkeypatch):
+    with pytest.raises(Stop):
+        train.train(plan, tmp_path, cache_folder, stop_after(3))
+    (tmp_path / "checkpoint-3").mkdir()  # damaged, passed over, and then trained past
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="the newest there is of step 2"):
+        train.train(plan, tmp_path, cache_folder)
+    assert checkpoint.newest([tmp_path]) == tmp_path / "checkpoint-2"
