@@ -117,7 +117,7 @@ class Run:
 
     def _loop(self, show) -> None:
         earlier = self.record["seconds"] - (time.time() - self.begun)
-        if self.step == 0:
+        if self._due(self.recipe.measure_every):  # at the start, or where an interrupt cut a measurement short
             self._measure(show)
         calibrated = self.step + session.CALIBRATION
         while self.step < self.recipe.steps:

@@ -568,3 +568,25 @@ def test_a_full_disk_spares_the_newest_usable_checkpoint(plan, cache_folder, tmp
     with pytest.raises(OSError, match="the newest there is of step 2"):
         train.train(plan, tmp_path, cache_folder)
     assert checkpoint.newest([tmp_path]) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_measurement_that_was_interrupted_is_made_on_resuming(
+    plan, cache_folder, trained, tmp_path, monkeypatch, at
+):
+    plan, real, calls = plan.replace(measure_every=2, previews=0), step.holdout_losses, []
+    whole = train.train(plan, tmp_path / "whole", cache_folder)
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1 + at // 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(step, "holdout_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(plan, tmp_path / "cut", cache_folder)
+    assert str(at) not in checkpoint.read_state(tmp_path / "cut" / f"checkpoint-{at}")["record"]["holdout"]
+    monkeypatch.undo()
+    record = train.train(plan, tmp_path / "cut", cache_folder)
+    assert record["holdout"] == whole["holdout"] and record["best_step"] == whole["best_step"]
