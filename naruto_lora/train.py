@@ -50,10 +50,12 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     mirror = _ready(mirror, show)
     models.check_base(recipe.base, recipe.vae)
     examples, held = data.split(data.load(recipe.dataset), recipe.holdout)
-    found = checkpoint.newest([out] + ([mirror] if mirror else []), show)
+    each = [checkpoint.newest([place], show) for place in (out, mirror) if place]
+    each = [path for path in each if path]
+    found = max(each, key=checkpoint.step_of, default=None)
     sources = sources_of(recipe, examples)
-    if found:
-        refuse_changes(recipe, sources, checkpoint.read_state(found), found.parent)
+    for path in each:  # the older one too: another run's checkpoints would be rotated away
+        refuse_changes(recipe, sources, checkpoint.read_state(path), path.parent)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
     copies = mirror and mirror.parent / "cache"
     encoded = cache.encode(examples + held, recipe, folder, show, copies, held=len(held))

@@ -590,3 +590,13 @@ def test_a_measurement_that_was_interrupted_is_made_on_resuming(
     monkeypatch.undo()
     record = train.train(plan, tmp_path / "cut", cache_folder)
     assert record["holdout"] == whole["holdout"] and record["best_step"] == whole["best_step"]
+
+
+def test_a_mirror_of_another_run_is_refused_even_where_it_is_older(plan, cache_folder, tmp_path):
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    train.train(plan.replace(legs=(Leg(2, 2e-2),), seed=7), mirror, cache_folder)
+    with pytest.raises(Stop):
+        train.train(plan, out, cache_folder, stop_after(5))
+    with pytest.raises(ValueError, match="was begun with seed 7, not 0") as caught:
+        train.begin(plan, out, cache_folder, mirror=mirror)
+    assert str(mirror) in str(caught.value)
