@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -333,7 +334,8 @@ class Run:
             "adapter": str(self.out / lora.FILE),
         }
         beside = self.out / ".writing-adapter"
-        beside.mkdir(exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed end: its files may be cut short
+        beside.mkdir()
         lora.save(self.unet, beside)
         lora.save_kohya(self.unet, beside / f"{self.recipe.name}.safetensors", self.recipe.alpha)
         (beside / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")

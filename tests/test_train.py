@@ -600,3 +600,12 @@ def test_a_mirror_of_another_run_is_refused_even_where_it_is_older(plan, cache_f
     with pytest.raises(ValueError, match="was begun with seed 7, not 0") as caught:
         train.begin(plan, out, cache_folder, mirror=mirror)
     assert str(mirror) in str(caught.value)
+
+
+def test_what_a_killed_end_left_is_not_taken(plan, cache_folder, tmp_path):
+    run = train.begin(plan, tmp_path, cache_folder)
+    (tmp_path / "first.safetensors").write_bytes(b"whole")
+    (tmp_path / ".writing-adapter").mkdir()
+    (tmp_path / ".writing-adapter" / "first.safetensors").write_bytes(b"cut sh")  # the run's name then
+    run.finish()
+    assert (tmp_path / "first.safetensors").read_bytes() == b"whole" and not (tmp_path / ".writing-adapter").exists()
