@@ -270,7 +270,7 @@ class Run:
             pictures = pipeline.preview(self.unet, self.recipe, prompts.prompts_of(range(count), self.device))
         paths[0].parent.mkdir(exist_ok=True)
         for path, picture in zip(paths, pictures, strict=True):
-            picture.save(path, quality=90)
+            files.replace(path, lambda file, picture=picture: picture.save(file, "JPEG", quality=90))
             self._to_mirror(path, show)
 
     def save(self, show=None) -> None:

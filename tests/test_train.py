@@ -609,3 +609,17 @@ def test_what_a_killed_end_left_is_not_taken(plan, cache_folder, tmp_path):
     (tmp_path / ".writing-adapter" / "first.safetensors").write_bytes(b"cut sh")  # the run's name then
     run.finish()
     assert (tmp_path / "first.safetensors").read_bytes() == b"whole" and not (tmp_path / ".writing-adapter").exists()
+
+
+def test_a_preview_is_whole_or_not_there(plan, cache_folder, tmp_path, monkeypatch):
+    run = train.begin(plan, tmp_path, cache_folder)
+
+    def cut(picture, file, *_, **__):
+        with open(file, "wb") as handle:
+            handle.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run._preview(None)
+    assert not list((tmp_path / "previews").iterdir())
