@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -178,6 +179,8 @@ def _check(recipe: Recipe) -> None:
     for name in ("name", "base", "dataset"):
         value = getattr(recipe, name)
         need(isinstance(value, str) and value.strip() != "", f"{name} must be some text, not {value!r}")
+    need(re.fullmatch(r"\w[\w .+-]*", recipe.name) and recipe.name != "pytorch_lora_weights",
+         f"name {recipe.name!r} can't name a file: take a word of letters, digits, '-' and '_'")
     need(isinstance(recipe.vae, str), f"vae must be a hub id, a folder or '', not {recipe.vae!r}")
     need(0 < recipe.alpha < math.inf, f"alpha must be above 0, not {recipe.alpha}")
     need(0 <= recipe.caption_dropout < 1, f"caption_dropout is a share from 0 to below 1, not {recipe.caption_dropout}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from . import cache, checkpoint, data, files, lora, memory, models, pipeline, session, step
 from . import recipe as recipes
@@ -51,10 +54,10 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     models.check_base(recipe.base, recipe.vae)
     examples, held = data.split(data.load(recipe.dataset), recipe.holdout)
     checkpoint.tidy(out)
-    found = checkpoint.newest([out] + ([mirror] if mirror else []), show)
-    sources = sources_of(recipe, examples)
-    if found:
-        refuse_changes(recipe, sources, checkpoint.read_state(found), found.parent)
+    each = [path for path in (_newest(place, show) for place in (out, mirror) if place) if path]
+    sources = sources_of(recipe, examples, held)
+    for path in each:  # the older one too: another run's checkpoints would be rotated away
+        refuse_changes(recipe, sources, checkpoint.read_state(path), path.parent)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
     copies = mirror and mirror.parent / "cache"
     encoded = cache.encode(examples + held, recipe, folder, show, copies, held=len(held))
@@ -69,8 +72,12 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
         unet.enable_gradient_checkpointing()
     run = Run(recipe, out, unet, parameters, trained, held, device, sources, mirror)
     run.begun = begun
-    if found:
-        run.resume(found, show)
+    for path in sorted(each, key=checkpoint.step_of, reverse=True):
+        try:
+            run.resume(path, show)
+            break
+        except OSError as error:  # a mirror that can't be read after all
+            files.tell(show, f"{path} can't be copied ({error.strerror or error})")
     return run
 
 
@@ -87,6 +94,7 @@ class Run:
         self.step, self.saved, self.saved_at = 0, None, time.time()  # updates done; those of the last checkpoint
         self.record = {"losses": [], "holdout": {}, "best_step": None, "seconds": 0.0}
         self.begun, self.forecast, self.interrupts = time.time(), session.Forecast(recipe), session.Interrupts()
+        self.stepping = False  # inside the optimizer's step, where weights are half changed
         self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
 
     def resume(self, found: Path, show=None) -> None:
@@ -103,6 +111,7 @@ class Run:
         checkpoint.restore(self.out / found.name, self.unet, self.optimizer)
         self.step, self.record, self.saved = state["step"], state["record"], state["step"]
         self.scaler.load_state_dict(state["scaler"])
+        self._to_mirror(self.out / found.name, show)
         files.tell(show, f"goes on from {found}, at step {self.step} of {self.recipe.steps}")
 
     def to_the_end(self, show=None) -> None:
@@ -121,14 +130,14 @@ class Run:
 
     def _loop(self, show) -> None:
         earlier = self.record["seconds"] - (time.time() - self.begun)
-        if self.step == 0:
+        if self._due(self.recipe.measure_every):  # at the start, or where an interrupt cut a measurement short
             self._measure(show)
         calibrated = self.step + session.CALIBRATION
         while self.step < self.recipe.steps:
             if self._over_budget():
                 self.save(show)
-                minutes = f"{self.recipe.max_minutes:g} minutes"
-                files.tell(show, f"stopped after {minutes} at step {self.step} of {self.recipe.steps}, {self._kept()}")
+                minutes = f"max_minutes = {self.recipe.max_minutes:g}"
+                files.tell(show, f"stopped by {minutes} at step {self.step} of {self.recipe.steps}, {self._kept()}")
                 return
             with self.forecast.timed("update"):
                 loss, norm = self._update_or_save(show)
@@ -168,7 +177,8 @@ class Run:
         return budget - (time.time() - self.begun)
 
     def _over_budget(self) -> bool:
-        return self._budget_left() < self.forecast.update() + self.forecast.mean("save")
+        """Whether the next update would end past `max_minutes`; each session does at least one."""
+        return self.forecast.update() > 0 and self._budget_left() < self.forecast.update() + self.forecast.mean("save")
 
     def _kept(self) -> str:
         return f"kept in '{self.out / f'checkpoint-{self.saved}'}': run it again to go on"
@@ -176,8 +186,10 @@ class Run:
     def _update_or_save(self, show) -> tuple[float, float]:
         try:
             return self.update()
-        except RuntimeError:  # out of memory, or not finite: what is trained is kept
-            self.save(show)
+        except RuntimeError:  # out of memory, or not finite: what is trained is kept, if it isn't half changed
+            if not self.stepping:
+                with contextlib.suppress(OSError):
+                    self.save(show)
             raise
 
     def update(self) -> tuple[float, float]:
@@ -190,18 +202,22 @@ class Run:
         draw = step.draw(self.recipe, self.step, self.trained.shapes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
+        scale = self.scaler.state_dict()
         for _ in range(RETRIES):
             losses = self._accumulate(draw)
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
             *losses, norm = torch.cat([losses, norm[None]]).tolist()  # the step's one read-back
             if math.isfinite(norm):
+                self.stepping = True
                 self.optimizer.step()
+                self.stepping = False
                 self.scaler.update()
                 return statistics.fmean(losses), norm
             if not (self.scaler.is_enabled() and all(map(math.isfinite, losses))):
                 break
             self.scaler.update()  # halves the loss scale
+        self.scaler.load_state_dict(scale)  # a run that goes on from here starts with the scale that worked
         raise RuntimeError(self._not_finite(draw, losses))
 
     def _not_finite(self, draw: step.Draw, losses: list[float]) -> str:
@@ -300,7 +316,7 @@ class Run:
         try:
             return checkpoint.save(self.out, self.step, self.unet, self.optimizer, state)
         except OSError:  # a full disk: older checkpoints make room
-            checkpoint.rotate(self.out, self.step, self.record["best_step"], keep=1)
+            checkpoint.rotate(self.out, self.saved or 0, self.record["best_step"], keep=1)
         try:
             return checkpoint.save(self.out, self.step, self.unet, self.optimizer, state)
         except OSError as error:
@@ -315,7 +331,9 @@ class Run:
             return
         try:
             if path.is_dir():
-                checkpoint.fetch(path, self.mirror)
+                for each in {path, path.with_name(f"checkpoint-{self.record['best_step']}")}:
+                    if each.is_dir() and checkpoint.problem(self.mirror / each.name):
+                        checkpoint.fetch(each, self.mirror)
                 checkpoint.rotate(self.mirror, self.step, self.record["best_step"], emptied=True)
             else:
                 target = self.mirror / path.relative_to(self.out)
@@ -339,23 +357,35 @@ class Run:
             "peak_gib": memory.peak_gib(),
             "adapter": str(self.out / lora.FILE),
         }
+        try:
+            for file in self._write_adapter(record):
+                self._to_mirror(file, show)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the LoRA can't be written to '{self.out}' ({error}), its weights are {self._kept()}"
+            ) from None
+        return record
+
+    def _write_adapter(self, record: dict) -> list[Path]:
+        """The adapter's two files and run.json, written beside and then put into `out`."""
         beside = self.out / ".writing-adapter"
-        beside.mkdir(exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed end: its files may be cut short
+        beside.mkdir()
         lora.save(self.unet, beside)
         lora.save_kohya(self.unet, beside / f"{self.recipe.name}.safetensors", self.recipe.alpha)
         (beside / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-        for file in sorted(beside.iterdir()):
+        for file in beside.iterdir():
             files.flush(file)
-            file.replace(self.out / file.name)
-            self._to_mirror(self.out / file.name, show)
+        written = [file.replace(self.out / file.name) for file in sorted(beside.iterdir())]
         beside.rmdir()
-        return record
+        return written
 
 
-def sources_of(recipe: recipes.Recipe, examples: list[data.Example]) -> dict[str, str]:
-    """What the run's weights depend on beside the recipe's numbers, told by content and not by place."""
+def sources_of(recipe: recipes.Recipe, examples: list[data.Example], held: list[data.Example]) -> dict[str, str]:
+    """What the run depends on beside the recipe's numbers, told by content and not by place."""
     return {
         "dataset": f"{len(examples)} training pictures, {data.fingerprint(examples)}",
+        "holdout": f"{len(held)} pictures, {data.fingerprint(held)}",
         "base": models.identity(recipe.base)[:16],
         "vae": models.identity(recipe.vae or recipe.base)[:16],
     }
@@ -370,14 +400,17 @@ def refuse_changes(recipe: recipes.Recipe, sources: dict, state: dict, folder: P
                 f"the run in '{folder}' was begun with {field} {old!r}, not {new!r}: take that, or another folder"
             )
 
-    old, new, done = state["recipe"], json.loads(recipe.to_json()), state["step"]
-    for field, value in old.items():
+    if "sources" not in state:
+        raise ValueError(f"the run in '{folder}' was begun by an earlier version of naruto_lora: take another folder")
+    new, done = json.loads(recipe.to_json()), state["step"]
+    old = {f.name: f.default for f in dataclasses.fields(recipe)} | state["recipe"]
+    for field, value in new.items():
         if field not in FREE_TO_CHANGE:
-            same(field, value, new.get(field))
+            same(field, old[field], value)
     same("batch * accumulation", old["batch"] * old["accumulation"], recipe.pictures_per_step)
     for field, value in state["sources"].items():
-        same(field, f"{old[field]} ({value})", f"{new[field]} ({sources[field]})" if value != sources[field] else
-             f"{old[field]} ({value})")
+        if value != sources[field]:
+            same(field, f"{old[field]} ({value})", f"{new[field]} ({sources[field]})")
     if done > recipe.steps:
         raise ValueError(
             f"the run in '{folder}' is at step {done}, past the {recipe.steps} of recipe '{recipe.name}': "
@@ -389,6 +422,14 @@ def refuse_changes(recipe: recipes.Recipe, sources: dict, state: dict, folder: P
         same(f"legs whose learning rate in step {k + 1} is", *rates)
 
 
+def _newest(place: Path, show) -> Path | None:
+    try:
+        return checkpoint.newest([place], show)
+    except OSError as error:
+        files.tell(show, f"'{place}' can't be read ({error.strerror or error}); what is there is passed over")
+        return None
+
+
 def _ready(mirror: str | Path | None, show) -> Path | None:
     """The mirror as a path, made if its parent is there; tells of one that can't be used."""
     if not mirror:
@@ -398,7 +439,8 @@ def _ready(mirror: str | Path | None, show) -> Path | None:
         files.writable(Path(mirror))
         checkpoint.tidy(Path(mirror))
     except OSError as error:
-        files.tell(show, f"the mirror '{mirror}' can't be used ({error.strerror or error}); the run goes on without it")
+        reason = error.strerror or error
+        files.tell(show, f"the mirror '{mirror}' can't be used ({reason}); it is tried again at each checkpoint")
     return Path(mirror)
 
 

@@ -180,6 +180,8 @@ LEGS = ({"until": 300, "lr": 1e-4},)
         ({"alpha": "much"}, "alpha must be a number"),
         ({"holdout": "some"}, "holdout must be a number"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"name": "my/style"}, "name 'my/style' can't name a file"),
+        ({"name": "pytorch_lora_weights"}, "can't name a file"),
         ({"flip": 1}, "flip must be true or false, not 1"),
         ({"measure_every": 0}, "measure_every must be a whole number above 0"),
         ({"previews": -1}, "previews must be a whole number from 0"),

@@ -572,3 +572,72 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert train.main(["naruto-1024", "--out", str(tmp_path)]) == 1
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("stopped: this recipe trains in fp16") and error.count("\n") == 1
+
+
+def test_a_full_disk_spares_the_newest_usable_checkpoint(plan, cache_folder, tmp_path, monkeypatch):
+    with pytest.raises(Stop):
+        train.train(plan, tmp_path, cache_folder, stop_after(3))
+    (tmp_path / "checkpoint-3").mkdir()  # damaged, passed over, and then trained past
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="the newest there is of step 2"):
+        train.train(plan, tmp_path, cache_folder)
+    assert checkpoint.newest([tmp_path]) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("at", [4, 6])
+def test_a_measurement_that_was_interrupted_is_made_on_resuming(
+    plan, cache_folder, trained, tmp_path, monkeypatch, at
+):
+    plan, real, calls = plan.replace(measure_every=2, previews=0), step.holdout_losses, []
+    whole = train.train(plan, tmp_path / "whole", cache_folder)
+
+    def interrupted(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1 + at // 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(step, "holdout_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(plan, tmp_path / "cut", cache_folder)
+    assert str(at) not in checkpoint.read_state(tmp_path / "cut" / f"checkpoint-{at}")["record"]["holdout"]
+    monkeypatch.undo()
+    record = train.train(plan, tmp_path / "cut", cache_folder)
+    assert record["holdout"] == whole["holdout"] and record["best_step"] == whole["best_step"]
+
+
+def test_a_mirror_of_another_run_is_refused_even_where_it_is_older(plan, cache_folder, tmp_path):
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    train.train(plan.replace(legs=(Leg(2, 2e-2),), seed=7), mirror, cache_folder)
+    with pytest.raises(Stop):
+        train.train(plan, out, cache_folder, stop_after(5))
+    with pytest.raises(ValueError, match="was begun with seed 7, not 0") as caught:
+        train.begin(plan, out, cache_folder, mirror=mirror)
+    assert str(mirror) in str(caught.value)
+
+
+def test_what_a_killed_end_left_is_not_taken(plan, cache_folder, tmp_path):
+    run = train.begin(plan, tmp_path, cache_folder)
+    (tmp_path / "first.safetensors").write_bytes(b"whole")
+    (tmp_path / ".writing-adapter").mkdir()
+    (tmp_path / ".writing-adapter" / "first.safetensors").write_bytes(b"cut sh")  # the run's name then
+    run.finish()
+    assert (tmp_path / "first.safetensors").read_bytes() == b"whole" and not (tmp_path / ".writing-adapter").exists()
+
+
+def test_a_preview_is_whole_or_not_there(plan, cache_folder, tmp_path, monkeypatch):
+    run = train.begin(plan, tmp_path, cache_folder)
+
+    def cut(picture, file, *_, **__):
+        with open(file, "wb") as handle:
+            handle.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run._preview(None)
+    assert not list((tmp_path / "previews").iterdir())
