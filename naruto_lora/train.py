@@ -362,7 +362,7 @@ class Run:
                 self._to_mirror(file, show)
         except (OSError, SafetensorError) as error:
             raise OSError(
-                f"the LoRA can't be written to '{self.out}' ({error}), its weights are {self._kept()}"
+                f"the LoRA can't be written to '{self.out}' ({error}): make room; its weights are {self._kept()}"
             ) from None
         return record
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from naruto_lora import checkpoint, data, files, lora, models, pipeline, step, train
@@ -144,6 +145,24 @@ def test_changed_data_is_refused(plan, trained, cache_folder, tmp_path):
         train.begin(same, trained.folder, cache_folder)
     for named in (plan.dataset, same.dataset, "training pictures"):
         assert named in str(caught.value)
+
+
+def test_a_changed_holdout_and_an_earlier_version_are_refused(plan, trained, examples, cache_folder, tmp_path):
+    moved = plan.replace(dataset=str(shutil.copytree(plan.dataset, tmp_path / "data")))
+    listing = tmp_path / "data" / "metadata.jsonl"
+    listing.write_text(listing.read_text().replace(examples[1][0].caption, "other words"))
+    with pytest.raises(ValueError, match="was begun with holdout '0.15 "):
+        train.begin(moved, trained.folder, cache_folder)
+    state = checkpoint.read_state(checkpoint.newest([trained.folder]))
+    held = train.sources_of(plan, *examples)
+    train.refuse_changes(plan, held, state, tmp_path)
+    del state["recipe"]["flip"]  # a field that came later: then it had its default
+    train.refuse_changes(plan, held, state, tmp_path)
+    with pytest.raises(ValueError, match="was begun with flip False, not True"):
+        train.refuse_changes(plan.replace(flip=True), held, state, tmp_path)
+    del state["sources"]
+    with pytest.raises(ValueError, match="begun by an earlier version"):
+        train.refuse_changes(plan, held, state, tmp_path)
 
 
 def test_another_base_is_refused(plan, trained, cache_folder, tmp_path):
@@ -287,6 +306,26 @@ def test_gradients_that_stay_infinite_stop_the_run_and_change_nothing(plan, cach
     for k in range(4):
         assert f"'{run.trained.names[draw.indices[k]]}' (timestep {draw.timesteps[k]})" in str(caught.value)
     assert len(tried) == train.RETRIES * plan.accumulation and torch.equal(numbers(run.parameters), before)
+    assert run.scaler.get_scale() == 2.0**16  # not the last try's, with which a resumed run would underflow
+
+
+def test_half_changed_weights_are_not_kept(plan, trained, cache_folder, tmp_path, monkeypatch):
+    """8-bit Adam takes its memory in its first step, layer by layer."""
+    run = train.begin(plan, tmp_path, cache_folder)
+    real = run.optimizer.step
+
+    def half(*_):
+        if run.step == 3:
+            run.parameters[0].data.zero_()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real()
+
+    monkeypatch.setattr(run.optimizer, "step", half)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.to_the_end()
+    assert checkpoint.newest([tmp_path]).name == "checkpoint-2"
+    train.train(plan, tmp_path, cache_folder)
+    assert same_adapter(tmp_path, trained.folder)
 
 
 def test_an_overflowing_update_is_tried_again_not_counted(plan, cache_folder, tmp_path):
@@ -412,11 +451,16 @@ def test_the_budget_stops_the_run_cleanly(plan, trained, cache_folder, tmp_path,
     watcher = Watcher(lambda step: clock.__setitem__(0, clock[0] + 50))  # seconds a step
     record = train.train(short, tmp_path, cache_folder, watcher)
     assert record["step"] == 3 and (tmp_path / lora.FILE).is_file()  # 150 s: what is there is given
-    assert watcher.notes[-1].startswith("stopped after 2 minutes at step 3 of 6, kept in")
+    assert watcher.notes[-1].startswith("stopped by max_minutes = 2 at step 3 of 6, kept in")
     assert watcher.notes[-1].endswith("run it again to go on")
     monkeypatch.undo()
     assert train.train(short, tmp_path, cache_folder)["step"] == 6  # a budget is a session's
     assert same_adapter(tmp_path, trained.folder)
+
+
+def test_a_budget_that_loading_eats_still_gives_a_step_a_session(plan, cache_folder, tmp_path):
+    short = plan.replace(max_minutes=1e-6)
+    assert [train.train(short, tmp_path, cache_folder)["step"] for _ in range(2)] == [1, 2]
 
 
 def test_a_checkpoint_also_comes_by_the_clock(plan, cache_folder, tmp_path, monkeypatch):
@@ -448,12 +492,46 @@ def test_the_mirror_alone_is_enough(plan, trained, cache_folder, tmp_path):
     assert checkpoint.newest([mirror]).name == "checkpoint-6"
 
 
+def test_a_mirror_that_comes_late_catches_up_with_the_best_one_too(plan, cache_folder, tmp_path, monkeypatch):
+    means = iter((1.0, 0.5, 0.7, 0.8, 0.9, 0.6))
+    monkeypatch.setattr(step, "holdout_losses", lambda *_, **__: torch.full((3, 4), next(means)))
+    long = plan.replace(legs=(Leg(5, 1e-3),), measure_every=1, save_every=1, previews=0)
+    train.train(long, tmp_path / "run", cache_folder)
+    train.train(long, tmp_path / "run", cache_folder, mirror=tmp_path / "mirror")
+    assert [path.name for path in checkpoint.find(tmp_path / "mirror")] == ["checkpoint-1", "checkpoint-5"]
+    assert all(checkpoint.problem(path) is None for path in checkpoint.find(tmp_path / "mirror"))
+
+
+def test_a_mirror_that_fails_while_it_is_read_gives_way_to_what_is_here(plan, cache_folder, tmp_path, monkeypatch):
+    out, mirror = tmp_path / "run", tmp_path / "mirror"
+    with pytest.raises(Stop):
+        train.train(plan, out, cache_folder, stop_after(5), mirror)
+    shutil.rmtree(out / "checkpoint-4")
+    monkeypatch.setattr(checkpoint, "fetch", lambda *_: (_ for _ in ()).throw(OSError(107, "not connected")))
+    watcher = Watcher()
+    assert train.begin(plan, out, cache_folder, watcher, mirror).step == 2
+    assert f"{mirror / 'checkpoint-4'} can't be copied (not connected)" in watcher.notes
+
+
+def test_an_end_that_cant_be_written_says_where_the_weights_are(plan, cache_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    run = train.begin(plan.replace(legs=(Leg(1, 1e-3),), previews=0), tmp_path, cache_folder)
+    run.to_the_end()
+    monkeypatch.setattr(lora, "save_kohya", full)
+    with pytest.raises(OSError, match="No space left on device.*: make room; its weights are kept in") as caught:
+        run.finish()
+    assert str(tmp_path / "checkpoint-1") in str(caught.value) and not (tmp_path / lora.FILE).exists()
+
+
 def test_the_newer_of_both_places_is_taken(plan, trained, cache_folder, tmp_path):
     out, mirror = tmp_path / "run", tmp_path / "mirror"
     with pytest.raises(Stop):
         train.train(plan, out, cache_folder, stop_after(5), mirror)
     shutil.rmtree(mirror / "checkpoint-4")
     assert train.begin(plan, out, cache_folder, mirror=mirror).step == 4
+    shutil.rmtree(mirror / "checkpoint-4")  # it had caught up
     (out / "checkpoint-4" / "state.json").write_text("{}")
     watcher = Watcher()
     run = train.begin(plan, out, cache_folder, watcher, mirror)
