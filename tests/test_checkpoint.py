@@ -211,7 +211,54 @@ def test_an_optimizers_plain_numbers_survive_too(tmp_path, stepped):
     unet = stepped[0]
     state = {0: {"step": 7, "m": torch.ones(2), "q": wrapped}, 11: {"rate": 0.5}}
     folder = checkpoint.save(tmp_path, 1, unet, Odd(state), {})
-    odd = Odd({})
+    odd = Odd({5: {"rate": 0.1}})
     checkpoint.restore(folder, unet, odd)
+    assert odd.state.keys() == {0, 11}  # what it knew is forgotten
     assert odd.state[0]["step"] == 7 and odd.state[0]["m"].tolist() == [1, 1] and odd.state[11] == {"rate": 0.5}
     assert odd.state[0]["absmax"].dtype == torch.uint8  # as bitsandbytes reads it back: not wrapped
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(stepped, tmp_path, monkeypatch):
+    flushed, final = [], tmp_path / "checkpoint-4"
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append((path.name, final.exists())))
+    checkpoint.save(tmp_path, 4, stepped[0], stepped[2], {})
+    assert flushed == [(name, False) for name in (*checkpoint.FILES, checkpoint.SUMS)] + [(tmp_path.name, True)]
+
+
+def test_written_again_the_older_one_goes_last(two, stepped, monkeypatch):
+    again, old = two / "checkpoint-60", two / ".old-checkpoint-60"
+
+    def killed(path):
+        if path == two:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "flush", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(two, 60, stepped[0], stepped[2], {"again": True})
+    assert checkpoint.read_state(again)["again"] and "again" not in checkpoint.read_state(old)
+    monkeypatch.undo()
+    checkpoint.save(two, 60, stepped[0], stepped[2], {})
+    assert sorted(path.name for path in two.iterdir()) == ["checkpoint-30", "checkpoint-60"]
+
+
+def test_what_goes_to_a_trash_is_emptied_first(two, monkeypatch):
+    sizes, real = [], shutil.rmtree
+
+    def rmtree(path, **options):
+        sizes.extend(file.stat().st_size for file in path.glob("*"))
+        real(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    checkpoint.rotate(two, 60, keep=1, emptied=True)
+    assert sizes == [0] * 4 and [path.name for path in two.iterdir()] == ["checkpoint-60"]
+
+
+def test_checkpoints_that_lie_there_need_no_more_room(stepped, tmp_path, monkeypatch):
+    each = 3 * 4 * sum(p.numel() for p in stepped[1])  # bytes: fp32 LoRA and Adam's two moments
+    room = shutil.disk_usage(tmp_path)._replace(free=3 * each)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
+    with pytest.raises(OSError, match="make room"):
+        checkpoint.enough_disk(tmp_path, stepped[1])
+    for step in range(checkpoint.KEEP + 1):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.enough_disk(tmp_path, stepped[1])

@@ -44,3 +44,22 @@ def test_news_goes_to_who_shows_it_else_is_printed(capsys):
     files.tell(None, "two")
     files.tell(print, "three")
     assert told == ["one"] and capsys.readouterr().out == "two\nthree\n"
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, seen = tmp_path / "file", []
+    path.write_text("old")
+    monkeypatch.setattr(files, "flush", lambda temporary: seen.append((temporary.read_text(), path.read_text())))
+    files.replace(path, lambda temporary: temporary.write_text("new"))
+    assert seen == [("new", "old")] and path.read_text() == "new"
+
+
+def test_a_flush_that_fails_is_told_of_a_file_and_not_of_a_folder(tmp_path, monkeypatch):
+    def fails(_):
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "file").write_text("content")
+    monkeypatch.setattr(files.os, "fsync", fails)
+    files.flush(tmp_path)  # as Drive's
+    with pytest.raises(OSError, match="Input/output error"):
+        files.flush(tmp_path / "file")

@@ -118,6 +118,17 @@ def test_overfitting_is_told_from_a_fall_and_from_a_rise_too_small_to_matter():
     assert verdict(1.0, 0.8, 0.805).startswith("No sign of over-fitting")  # sure, but half a percent
 
 
+def test_overfitting_is_told_by_a_step_that_has_a_checkpoint_even_where_the_base_was_best():
+    verdict = report.overfitting(record({0: 1.0, 20: 1.1, 40: 1.3}))
+    assert "lowest at step 20" in verdict and verdict.endswith("is in checkpoint-20.")
+
+
+def test_measurements_are_taken_in_the_order_of_steps_however_they_are_kept():
+    run = record({0: 1.0, 5: 0.8, 10: 0.9, 100: 0.7}, best=100)
+    shuffled = run | {"holdout": dict(sorted(run["holdout"].items(), reverse=True))}
+    assert repr(report.gain(shuffled)) == repr(report.gain(run)) and report.overfitting(shuffled).endswith("step 100.")
+
+
 @pytest.mark.parametrize("pictures, noise", [(4, 0.1), (8, 0.05), (36, 0.2)])
 def test_overfitting_seldom_cries_wolf_on_flat_noisy_curves(pictures, noise, monkeypatch):
     monkeypatch.setattr(metrics, "mean", lambda v: metrics.Figure(float(np.mean(v)), 0, 0, len(v)))  # no bootstrap

@@ -103,3 +103,25 @@ def test_off_the_main_thread_signals_are_left_alone():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_a_measured_step_is_saved_whether_a_checkpoint_is_due_or_not():
+    forecast = known(plan(save_every=70))
+    assert forecast.seconds(80, 90) == 10 * 2 + 10 + 1
+    assert forecast.seconds(130, 140) == 10 * 2 + 1
+
+
+def test_an_update_is_judged_by_the_newest_ones():
+    forecast = known(plan())
+    forecast.spent["update"] = [9.0] * 30 + [2.0] * 20
+    assert forecast.update() == 2
+
+
+def test_at_once_ends_with_its_block_and_is_not_begun_once_asked():
+    interrupts = session.Interrupts()
+    with interrupts:
+        with interrupts.at_once():
+            pass
+        signal.raise_signal(signal.SIGINT)  # waits again
+        with pytest.raises(session.Interrupted), interrupts.at_once():
+            pytest.fail("what was asked for before came too late")
