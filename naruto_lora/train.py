@@ -100,19 +100,24 @@ class Run:
     def resume(self, found: Path, show=None) -> None:
         """Goes on from the checkpoint `found`; the mirror's comes into `out` first, with the best one and previews."""
         state = checkpoint.read_state(found)
-        best = state["record"]["best_step"]
         if found.parent != self.out:
-            for path in {found, found.with_name(f"checkpoint-{best}")}:
-                if checkpoint.problem(path) is None:
-                    checkpoint.fetch(path, self.out)
-            (self.out / "previews").mkdir(exist_ok=True)
-            for path in (found.parent / "previews").glob("step-*.jpg"):
-                files.copy_whole(path, self.out / "previews" / path.name)
+            checkpoint.fetch(found, self.out)
+            with contextlib.suppress(OSError):  # what is good to have, but not needed
+                self._fetch_others(found, state["record"]["best_step"])
         checkpoint.restore(self.out / found.name, self.unet, self.optimizer)
         self.step, self.record, self.saved = state["step"], state["record"], state["step"]
         self.scaler.load_state_dict(state["scaler"])
         self._to_mirror(self.out / found.name, show)
         files.tell(show, f"goes on from {found}, at step {self.step} of {self.recipe.steps}")
+
+    def _fetch_others(self, found: Path, best: int | None) -> None:
+        """Copies the mirror's best checkpoint and its previews."""
+        path = found.with_name(f"checkpoint-{best}")
+        if path != found and checkpoint.problem(path) is None:
+            checkpoint.fetch(path, self.out)
+        (self.out / "previews").mkdir(exist_ok=True)
+        for path in (found.parent / "previews").glob("step-*.jpg"):
+            files.copy_whole(path, self.out / "previews" / path.name)
 
     def to_the_end(self, show=None) -> None:
         """Runs the updates that are left, or as many as `max_minutes` allow.
