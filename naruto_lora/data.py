@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -33,6 +34,11 @@ class Example:
             return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         except FileNotFoundError:
             raise FileNotFoundError(f"the picture '{self.source}' has gone since the data set was read") from None
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of the compressed picture, read once."""
+        return hashlib.sha256(self.read()).digest()
 
     def size(self) -> tuple[int, int]:
         """(height, width) in px of the picture upright, from its header. Raises ValueError if it can't be read."""
@@ -185,7 +191,7 @@ def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[
     """
     if holdout == 0:
         return list(examples), []
-    places = [int(hashlib.sha256(e.read()).hexdigest()[:8], 16) / 16**8 for e in examples]
+    places = [int.from_bytes(e.digest[:4]) / 16**8 for e in examples]
     least = max(holdout, sorted(places)[:2][-1] + 16**-9)
     held = [e for e, place in zip(examples, places, strict=True) if place < least]
     train = [e for e, place in zip(examples, places, strict=True) if place >= least]
@@ -198,7 +204,7 @@ def fingerprint(examples: list[Example]) -> str:
     """Sixteen hex digits of the pictures' bytes and captions, in their order."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(hashlib.sha256(example.read()).digest() + hashlib.sha256(example.caption.encode()).digest())
+        digest.update(example.digest + hashlib.sha256(example.caption.encode()).digest())
     return digest.hexdigest()[:16]
 
 
