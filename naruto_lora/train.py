@@ -42,12 +42,12 @@ def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     return run.finish(show)
 
 
-def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=None, mirror=None, rungs=None) -> Run:
+def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, rungs=None) -> Run:
     """A run ready for its next step: data checked and encoded, U-Net with LoRA loaded, checkpoint restored.
 
     `rungs` are ways to compute it (`memory.Rung`), each taking less memory than the one before; without them
-    `memory.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one sentence for what is missing
-    or wrong, cheapest checks first.
+    `memory.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one
+    sentence for what is missing or wrong, cheapest checks first.
     """
     begun, recipe, out = time.time(), recipes.load(recipe), Path(out)
     device = models.device_for(recipe.precision)
@@ -97,7 +97,7 @@ class Run:
         self.stepping = False  # inside the optimizer's step, where weights are half changed
         self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
         self.rungs = list(rungs or [memory.Rung(recipe.batch, lean=False)])  # the first is how it is computed now
-        self.engine = make_engine(unet, parameters, self.rungs[0])
+        self.engine = lean.make_engine(unet, parameters, self.rungs[0])
 
     def resume(self, found: Path, show=None) -> None:
         """Goes on from the checkpoint `found`; the mirror's comes into `out` first, with the best one and previews."""
@@ -149,6 +149,8 @@ class Run:
                 return
             with self.forecast.timed("update"):
                 loss, norm = self._update_or_save(show)
+            for text in self.engine.news:
+                self._warn_once(text, show)
             self.step += 1
             self.record["losses"].append(loss)
             self.record["seconds"] = earlier + time.time() - self.begun
@@ -257,7 +259,7 @@ class Run:
                     f"the GPU, or take a smaller resolution; what is trained is kept, run it again to go on"
                 )
             self.rungs.pop(0)
-            self.engine = make_engine(self.unet, self.parameters, self.rungs[0])
+            self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
             memory.free()
             files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0]}")
 
@@ -470,13 +472,6 @@ def _ready(mirror: str | Path | None, show) -> Path | None:
         reason = error.strerror or error
         files.tell(show, f"the mirror '{mirror}' can't be used ({reason}); it is tried again at each checkpoint")
     return Path(mirror)
-
-
-def make_engine(unet, parameters, rung: memory.Rung):
-    """What runs the micro-batches as `rung` says: the plain step or the lean one."""
-    if rung.lean:
-        return lean.Lean(unet, parameters, rung)
-    return step.Plain(unet, parameters, rung.recompute > 0)
 
 
 def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
