@@ -17,7 +17,7 @@ COLUMNS = {  # heading: field, format; 'x stock' is the share of the stock scrip
     "× faster": ("update_s", "faster"),
     "GPU work": ("gpu_ms", "{:.0f} ms"),
     "of stock": ("gpu_ms", "share"),
-    "launches": ("launches", "{:,.0f}"),
+    "kernels": ("launches", "{:,.0f}"),
     "T4, modelled": ("t4_ms", "{:,.0f} ms"),
     "of stock ": ("t4_ms", "share"),
     "GiB allocated": ("allocated_gib", "{:.1f}"),

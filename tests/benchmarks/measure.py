@@ -19,6 +19,7 @@ def attention(mode: str) -> None:
     torch.backends.cuda.enable_flash_sdp(not like_t4)
     torch.backends.cuda.enable_cudnn_sdp(not like_t4)
     torch.backends.cudnn.allow_tf32 = not like_t4  # for matrix products it is off as PyTorch comes
+    torch.backends.cudnn.benchmark = False
 
 
 def now() -> float:
