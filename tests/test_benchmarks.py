@@ -17,7 +17,7 @@ def op(name, *arguments, ms=1.0, **extra):
     event = {"name": name, "args": {
         "External id": 7, "Input Dims": [shape for shape, _ in tensors], "Input type": [kind for _, kind in tensors],
         "Concrete Inputs": [a if isinstance(a, str) else "" for a in arguments],
-    } | extra, "ph": "X", "cat": "cpu_op"}  # fmt: skip
+    } | extra, "ph": "X", "cat": "cpu_op", "tid": 1, "ts": 0, "dur": 9}  # fmt: skip
     kernel = {"ph": "X", "cat": "kernel", "dur": 1000 * ms, "args": {"External id": 7}}
     (found,) = t4.ops({"traceEvents": [event, kernel]})
     return found
@@ -76,6 +76,18 @@ def test_an_op_takes_its_arithmetic_or_its_memory_whichever_is_longer():
     assert t4.modelled(large) == ("linear", pytest.approx(1000 * 2 * 4096**3 / t4.RATES["linear"]))
     assert t4.modelled(thin) == ("linear", pytest.approx(1000 * t4.moved(thin) / t4.BANDWIDTH))
     assert t4.modelled(exact) == ("linear", pytest.approx(1000 * 2 * 4096**3 / t4.FP32))
+
+
+def test_a_kernel_that_names_no_op_belongs_to_the_innermost_one_around_its_launch():
+    called = [
+        {"ph": "X", "cat": "cpu_op", "name": name, "tid": 1, "ts": ts, "dur": dur, "args": {
+            "External id": number, "Input Dims": [[4]], "Input type": [HALF], "Concrete Inputs": [""]}}
+        for number, (name, ts, dur) in enumerate([("outer", 0, 100), ("aten::neg", 10, 5), ("aten::exp", 20, 9)])
+    ]  # fmt: skip
+    launch = {"ph": "X", "cat": "cuda_runtime", "tid": 1, "ts": 25, "dur": 2, "args": {"correlation": 8}}
+    kernel = {"ph": "X", "cat": "kernel", "dur": 1, "args": {"correlation": 8}}
+    (found,) = t4.ops({"traceEvents": [*called, launch, kernel]})
+    assert found.name == "aten::exp"
 
 
 def test_kernels_whose_op_is_not_named_count_by_their_time():

@@ -151,8 +151,10 @@ def stock(options, name: str, vae: str | None = None) -> None:
             yield
             with measure.kernels(folder / f"{mode}.trace.json", 1, row):
                 yield
-            keep(options, name, variant, mode, row | {"loss": watched.first["loss"].item()})
-        save_first(options, name, watched.first)
+            row["loss"] = watched.first["loss"].item() if vae is None else None  # another VAE: other latents
+            keep(options, name, variant, mode, row)
+        if vae is None:
+            save_first(options, name, watched.first)
         raise SystemExit  # the script's own end, another pipeline, is not what is measured
 
     steps = course()
@@ -374,8 +376,9 @@ def table(options) -> None:
     """All results as speed.csv in DIR."""
     rows = []
     for name in options.recipes:
-        order = [(each, mode) for mode in (T4_LIKE, OWN) for each in (STOCK, FIXED)]
-        order += [(each.name, each.mode) for each in OURS]
+        order = []
+        for mode in (T4_LIKE, OWN):
+            order += [(STOCK, mode), (FIXED, mode)] + [(each.name, mode) for each in OURS if each.mode == mode]
         files = [result_file(options, name, *which) for which in order]
         exact_file = options.out / "results" / f"{name}.exact.json"
         known = report.read_json(exact_file) if exact_file.exists() else {}

@@ -8,6 +8,7 @@ to published SD1.5 figures on a T4 and are good to 25%: what comes out is 'model
 """
 
 import argparse
+import bisect
 import gzip
 import json
 import math
@@ -65,20 +66,39 @@ def ops(trace: dict) -> list[Op]:
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     called = {e["args"].get("External id"): e for e in events if e.get("cat") == "cpu_op"}
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    around = _around(events)
     times, launches = Counter(), Counter()
     for kernel in kernels:
         number = kernel["args"].get("External id")
-        number = number if number in called else None
+        number = number if number in called else around(kernel["args"].get("correlation"))
         times[number] += kernel["dur"]
         launches[number] += kernel["cat"] == "kernel"
     nameless = {"name": "?", "args": {}}
     return [_op(called.get(number, nameless), times[number], launches[number]) for number in times]
 
 
+def _around(events: list[dict]):
+    """A function from a launch's correlation to the External id of the innermost op around it, or None."""
+    launches = {e["args"].get("correlation"): e for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver")}
+    threads: dict[int, list[dict]] = {}
+    for event in sorted((e for e in events if e.get("cat") == "cpu_op"), key=lambda e: (e["ts"], -e["dur"])):
+        threads.setdefault(event["tid"], []).append(event)
+
+    def around(correlation) -> int | None:
+        launch = launches.get(correlation)
+        row = threads.get(launch["tid"], []) if launch else []
+        place = bisect.bisect_right(row, launch["ts"], key=lambda e: e["ts"]) if row else 0
+        while place and row[place - 1]["ts"] + row[place - 1]["dur"] < launch["ts"]:
+            place -= 1
+        return row[place - 1]["args"].get("External id") if place else None
+
+    return around
+
+
 def _op(event: dict, microseconds: float, launches: int) -> Op:
     arguments = event["args"]
     shapes, kinds = arguments.get("Input Dims", []), arguments.get("Input type", [])
-    sizes = [_size(kind) for kind in kinds]
+    sizes = [_size(kind) for kind in kinds][: len(shapes)] + [0] * (len(shapes) - len(kinds))
     largest = max(sizes, default=2) or 2
     sizes = [largest if _nested(shape) else size for shape, size in zip(shapes, sizes, strict=True)]
     names = _parameters(arguments.get("kernel_file"), event["name"])
