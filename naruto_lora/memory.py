@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +12,18 @@ GIB = 2**30
 # Full-size SDXL, rank 16, fp16 under autocast, 1024 px batch 1: peak measured on an H200 (README, 'Full size')
 PEAK_WITHOUT_RECOMPUTE = 12.4 * GIB
 WEIGHTS = 4.8 * GIB
+
+
+@dataclass(frozen=True)
+class Rung:
+    """How a recipe's micro-batches are computed: what is given up for memory, and what is spent for speed."""
+
+    batch: int  # pictures a micro-batch; as many micro-batches as the recipe's pictures a step need
+    recompute: int = 0  # of the U-Net's `lean.units`: their values are computed again in the backward pass, not kept
+    weights: str = "resident"  # how the transformer blocks' frozen weights are kept: resident, host, int8 or nf4
+    lean: bool = True  # the lean step; False is the plain one, under autocast
+    compiled: bool = False  # element-wise work fused by torch.compile, channels last
+    graphed: bool = False  # a micro-step's kernels recorded and replayed as one CUDA graph
 
 
 def recompute_needed(device: torch.device, resolution: int, batch: int) -> bool:

@@ -1,0 +1,308 @@
+"""The lean step's arithmetic: a U-Net's layers as functions that save little, with the base frozen and LoRA beside it.
+
+Each autograd function states what it keeps for the backward pass. The plain functions on top touch memory only; they
+run as torch's own kernels, or fused by torch.compile. A backward pass writes the LoRA's gradients into `Projection`'s
+buffers and gives autograd nothing for them.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+aten = torch.ops.aten
+SHAPES = 512  # that one compiled function may meet
+KEYS_ALIGNED = 8  # fp16 matrix products want sides that are multiples of this; a caption has 77 tokens
+
+
+def add_norm(x, delta, weight, bias, eps):
+    """x + delta, its layer norm (both as x), and the norm's mean and rstd; `delta` may be None."""
+    total = x if delta is None else x + delta
+    return total, *torch.native_layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def add_norm_backward(grad_total, grad_normed, total, mean, rstd, weight, bias):
+    sides = total.shape[-1:]
+    mask = [True, False, False]
+    grad = aten.native_layer_norm_backward(grad_normed, total, sides, mean, rstd, weight, bias, mask)[0]
+    return grad + grad_total
+
+
+def geglu(projected):
+    """(..., 2 D) to (..., D): the first half times the GELU of the second (arXiv 2002.05202)."""
+    value, gate = projected.chunk(2, dim=-1)
+    return value * F.gelu(gate)
+
+
+def geglu_backward(grad, projected):
+    value, gate = projected.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():
+        return torch.cat([grad * F.gelu(gate), aten.gelu_backward(grad * value, gate)], dim=-1)
+    whole = torch.empty_like(projected)
+    first, second = whole.chunk(2, dim=-1)
+    torch.mul(grad, F.gelu(gate), out=first)
+    aten.gelu_backward.grad_input(grad * value, gate, grad_input=second)
+    return whole
+
+
+def group_norm(x, shift, weight, bias, groups, eps, silu):
+    """Group norm of x (B, C, H, W) + shift (B, C) or None, through SiLU if asked; and the norm's mean and rstd."""
+    if torch.compiler.is_compiling():
+        scaled, mean, rstd = _normalised(x, shift, groups, eps, None, None)
+        out = scaled.flatten(1, 2) * weight.float()[:, None, None] + bias.float()[:, None, None]
+        return (out * out.sigmoid() if silu else out).to(x.dtype), mean.flatten(1), rstd.flatten(1)
+    total = x if shift is None else x + shift[:, :, None, None]
+    count, channels, *sides = total.shape
+    sizes = (count, channels, sides[0] * sides[1], groups)
+    out, mean, rstd = torch.native_group_norm(total.contiguous(), weight, bias, *sizes, eps)
+    return F.silu(out) if silu else out, mean, rstd
+
+
+def _normalised(x, shift, groups, eps, mean, rstd):
+    """x + shift as (B, groups, C / groups, H, W) in fp32, normalised by its own or the given mean and rstd."""
+    total = x.float() if shift is None else x.float() + shift.float()[:, :, None, None]
+    grouped = total.unflatten(1, (groups, -1))
+    if mean is None:
+        variance, mean = torch.var_mean(grouped, (2, 3, 4), correction=0, keepdim=True)
+        rstd = torch.rsqrt(variance + eps)
+    return (grouped - mean) * rstd, mean, rstd
+
+
+def group_norm_backward(grad, x, shift, mean, rstd, weight, bias, groups, eps, silu):
+    if torch.compiler.is_compiling():
+        mean, rstd = (each[:, :, None, None, None] for each in (mean, rstd))
+        scaled, _, _ = _normalised(x, shift, groups, eps, mean, rstd)
+        grad = grad.float()
+        if silu:
+            out = scaled.flatten(1, 2) * weight.float()[:, None, None] + bias.float()[:, None, None]
+            gate = out.sigmoid()
+            grad = grad * gate * (1 + out * (1 - gate))
+        inner = (grad * weight.float()[:, None, None]).unflatten(1, (groups, -1))
+        over = (2, 3, 4)
+        inner = inner - inner.mean(over, True) - scaled * (inner * scaled).mean(over, True)
+        return (inner * rstd).flatten(1, 2).to(x.dtype)
+    total = (x if shift is None else x + shift[:, :, None, None]).contiguous()
+    count, channels, *sides = total.shape
+    sizes = (count, channels, sides[0] * sides[1], groups)
+    if silu:
+        out = torch.native_group_norm(total, weight, bias, *sizes, eps)[0]
+        grad = aten.silu_backward(grad, out)
+    mask = [True, False, False]
+    return aten.native_group_norm_backward(grad.contiguous(), total, mean, rstd, weight, *sizes, mask)[0]
+
+
+def residual(x, delta, bias):
+    """x + delta + bias, bias (C,) along the second of four dimensions or None."""
+    return x + (delta if bias is None else delta + bias[:, None, None])
+
+
+def softmax_backward(scores, grad, scale, keys):
+    """The softmax over the first `keys` columns of scaled scores (N, T, K), and its gradient by the scores."""
+    outside = torch.arange(scores.shape[-1], device=scores.device) >= keys
+    share = (scores.float() * scale).masked_fill(outside, -torch.inf).softmax(-1)
+    inner = share * grad.float()
+    inner = (inner - share * inner.sum(-1, keepdim=True)) * scale
+    return share.to(scores.dtype), inner.to(scores.dtype)
+
+
+PLAIN = SimpleNamespace(
+    add_norm=add_norm, add_norm_backward=add_norm_backward, geglu=geglu, geglu_backward=geglu_backward,
+    group_norm=group_norm, group_norm_backward=group_norm_backward, residual=residual,
+    softmax_backward=softmax_backward,
+)  # fmt: skip
+
+
+def compiled() -> SimpleNamespace:
+    """The same functions, each fused into a kernel or two by torch.compile at its first call with a new shape."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = SHAPES  # a graph a shape
+    torch._dynamo.config.accumulated_recompile_limit = SHAPES * len(vars(PLAIN))
+    return SimpleNamespace(**{name: torch.compile(f, dynamic=False) for name, f in vars(PLAIN).items()})
+
+
+class AddNorm(Function):
+    """(x + delta, its layer norm), `delta` may be None. Keeps the sum."""
+
+    @staticmethod
+    def forward(ctx, x, delta, norm, ops):
+        total, normed, mean, rstd = ops.add_norm(x, delta, norm.weight, norm.bias, norm.eps)
+        total = x.view_as(x) if delta is None else total
+        ctx.save_for_backward(total, mean, rstd)
+        ctx.norm, ctx.ops, ctx.two = norm, ops, delta is not None
+        return total, normed
+
+    @staticmethod
+    def backward(ctx, grad_total, grad_normed):
+        total, mean, rstd = ctx.saved_tensors
+        grad = ctx.ops.add_norm_backward(
+            grad_total, grad_normed, total, mean, rstd, ctx.norm.weight, ctx.norm.bias
+        )
+        return grad, grad if ctx.two else None, None, None
+
+
+class GroupNorm(Function):
+    """Group norm of x (B, C, H, W) + shift (B, C) or None, through SiLU if asked. Keeps x and the frozen shift."""
+
+    @staticmethod
+    def forward(ctx, x, shift, norm, silu, ops):
+        setting = (norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+        out, mean, rstd = ops.group_norm(x, shift, *setting)
+        ctx.save_for_backward(x, shift, mean, rstd)
+        ctx.setting, ctx.ops = setting, ops
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, shift, mean, rstd = ctx.saved_tensors
+        return ctx.ops.group_norm_backward(grad, x, shift, mean, rstd, *ctx.setting), None, None, None, None
+
+
+class Residual(Function):
+    """x + delta (+ bias). Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, x, delta, bias, ops):
+        return ops.residual(x, delta, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad, None, None
+
+
+class Convolution(Function):
+    """A frozen convolution, without its bias unless asked. Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, x, conv, with_bias):
+        ctx.conv, ctx.shape = conv, x.shape
+        return F.conv2d(x, conv.weight, conv.bias if with_bias else None, conv.stride, conv.padding, conv.dilation)
+
+    @staticmethod
+    def backward(ctx, grad):
+        conv = ctx.conv
+        shape_alone = grad.new_empty(1).expand(ctx.shape)
+        grads = aten.convolution_backward(
+            grad, shape_alone, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1,
+            [True, False, False],
+        )
+        return grads[0], None, None
+
+
+class Linear(Function):
+    """A frozen linear layer on (..., D), its weight from `store()`. Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, x, store, bias):
+        ctx.store = store
+        return F.linear(x, store(), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.store(), None, None
+
+
+class FeedForward(Function):
+    """Linear, GEGLU, linear, all frozen, on (..., D). Keeps the first one's output."""
+
+    @staticmethod
+    def forward(ctx, x, first, first_bias, second, second_bias, ops):
+        projected = F.linear(x, first(), first_bias)
+        ctx.save_for_backward(projected)
+        ctx.first, ctx.second, ctx.ops = first, second, ops
+        return F.linear(ops.geglu(projected), second(), second_bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (projected,) = ctx.saved_tensors
+        grad = ctx.ops.geglu_backward(grad @ ctx.second(), projected)
+        return grad @ ctx.first(), None, None, None, None, None
+
+
+class Projected(Function):
+    """x (..., D) through `projection`, n linear layers with LoRA beside each other: (..., n * out).
+
+    Keeps x and the LoRA's inner values (..., n * rank). `anchor` is any tensor that requires a gradient: without it
+    autograd would pass over a layer whose input requires none.
+    """
+
+    @staticmethod
+    def forward(ctx, x, anchor, projection):
+        rows = x.reshape(-1, x.shape[-1])  # (T, D)
+        out = F.linear(rows, projection.store(), projection.bias)  # (T, n out)
+        inner = rows @ projection.down.T  # (T, n rank)
+        projection.split(out).baddbmm_(projection.split(inner), projection.up.mT, alpha=projection.scale)
+        ctx.save_for_backward(rows, inner)
+        ctx.projection, ctx.shape = projection, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, inner = ctx.saved_tensors
+        projection = ctx.projection
+        grad = grad.reshape(len(rows), -1)  # (T, n out)
+        parts, scale = projection.split(grad), projection.scale  # (n, T, out)
+        grad_inner = torch.empty_like(inner)
+        projection.split(grad_inner).baddbmm_(parts, projection.up, beta=0, alpha=scale)
+        torch.mm(grad_inner.T, rows, out=projection.grad_down)
+        projection.grad_up.baddbmm_(parts.mT, projection.split(inner), beta=0, alpha=scale)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        grad_rows = (grad @ projection.store()).addmm_(grad_inner, projection.down)
+        return grad_rows.view(ctx.shape), None, None
+
+
+class OneCrossAttention(Function):
+    """Attention of q (1, T, C) to few keys kv (1, L, 2 C). Keeps q and kv.
+
+    Its backward pass is written out: torch's memory-efficient kernel shares a head's work out by keys, which leaves
+    most of a GPU idle where there are 77 of them and one picture.
+    """
+
+    @staticmethod
+    def forward(ctx, q, kv, heads, ops):
+        ctx.save_for_backward(q, kv)
+        ctx.heads, ctx.ops = heads, ops
+        return _attention(q, kv, heads)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, kv = ctx.saved_tensors
+        heads, keys = ctx.heads, kv.shape[1]
+        kv = F.pad(kv, (0, 0, 0, -keys % KEYS_ALIGNED))
+        grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
+        into_q, into_k, into_v = (by_head(each, heads)[0] for each in (grad_q, *grad_kv.chunk(2, dim=-1)))
+        q, grad, k, v = (by_head(each, heads)[0] for each in (q, grad, *kv.chunk(2, dim=-1)))  # (heads, T or L, D)
+        share, scores = ctx.ops.softmax_backward(q @ k.mT, grad @ v.mT, q.shape[-1] ** -0.5, keys)
+        torch.bmm(scores, k, out=into_q)
+        torch.bmm(scores.mT, q, out=into_k)
+        torch.bmm(share.mT, grad, out=into_v)
+        return grad_q, grad_kv[:, :keys], None, None
+
+
+def cross_attention(q, kv, heads, ops):
+    """Attention of q (B, T, C) to kv (B, L, 2 C): (B, T, C)."""
+    return OneCrossAttention.apply(q, kv, heads, ops) if len(q) == 1 else _attention(q, kv, heads)
+
+
+def _attention(q, kv, heads):
+    return joined(F.scaled_dot_product_attention(*(by_head(each, heads) for each in (q, *kv.chunk(2, dim=-1)))))
+
+
+def by_head(x, heads):
+    """(B, T, heads * D) seen as (B, heads, T, D)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def joined(x):
+    """(B, heads, T, D) to (B, T, heads * D)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def self_attention(qkv, heads):
+    """Attention of qkv (B, T, 3 C) by torch's own kernels, which keep qkv, the output and a number a row."""
+    q, k, v = (each.transpose(1, 2) for each in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
+    return joined(F.scaled_dot_product_attention(q, k, v))

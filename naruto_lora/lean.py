@@ -1,0 +1,318 @@
+"""The lean step: the plain one's U-Net and LoRA in other arithmetic, with less memory moved, kept and launched.
+
+`Lean(unet, ...)` puts `fused`'s functions in the place of the U-Net's forward methods: no autocast, none of peft's
+casts, half-precision copies of the fp32 LoRA weights, q, k and v in one product. What is injected, saved and loaded
+stays peft's. `tests/test_lean.py` holds its losses and gradients against the plain step's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from . import fused, step
+
+AFTER = 2  # micro-batches of one shape that run as they are, before their kernels are recorded as a CUDA graph
+
+
+class Projection:
+    """n frozen linear layers of one input with LoRA, as `fused.Projected` wants them.
+
+    `down` (n * rank, D) and `up` (n, out, rank) are the LoRA's half-precision copies, `grad_down` and `grad_up`
+    their gradients: all views of flat buffers.
+    """
+
+    def __init__(self, layers, keep):
+        weights = [layer.base_layer.weight for layer in layers]
+        whole = weights[0].data if len(layers) == 1 else torch.cat([weight.data for weight in weights])
+        self.store = keep(whole)
+        for weight, part in zip(weights, whole.chunk(len(layers)), strict=True):
+            weight.data = part if isinstance(self.store, Resident) else part.new_empty(0)
+        self.bias = layers[0].base_layer.bias if len(layers) == 1 else None
+        self.parts, self.scale = len(layers), layers[0].scaling["default"]
+        self.anchor = layers[0].lora_A["default"].weight
+        self.masters = [layer.lora_A["default"].weight for layer in layers]
+        self.masters += [layer.lora_B["default"].weight for layer in layers]
+
+    def take(self, copies, grads) -> None:
+        """Takes its place in the flat buffers: views of the first numbers of both, and returns the rest."""
+        rank, width = self.masters[0].shape
+        out = self.masters[-1].shape[0]
+        down, up = (self.parts * rank, width), (self.parts, out, rank)
+        self.down, self.up = (each.view(shape) for each, shape in zip(copies, (down, up), strict=True))
+        self.grad_down, self.grad_up = (each.view(shape) for each, shape in zip(grads, (down, up), strict=True))
+
+    def split(self, rows):
+        """(T, n * D) seen as (n, T, D)."""
+        return rows.view(len(rows), self.parts, -1).transpose(0, 1)
+
+    def __call__(self, x):
+        return fused.Projected.apply(x, self.anchor, self)
+
+
+class Resident:
+    """A frozen weight that stays on the GPU as it is."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def __call__(self):
+        return self.weight
+
+
+class OnHost:
+    """A frozen weight in pinned host memory, copied to the GPU at each use: exact, and slow."""
+
+    def __init__(self, weight):
+        self.device = weight.device
+        self.weight = weight.cpu().pin_memory() if weight.is_cuda else weight.cpu()
+
+    def __call__(self):
+        return self.weight.to(self.device, non_blocking=True)
+
+
+class Int8:
+    """A frozen weight in 8 bits by blocks of 256 (bitsandbytes, arXiv 2110.02861), made whole at each use."""
+
+    def __init__(self, weight):
+        from bitsandbytes import functional
+
+        self.whole = functional.dequantize_blockwise
+        self.state = functional.quantize_blockwise(weight.contiguous(), blocksize=256)
+
+    def __call__(self):
+        return self.whole(*self.state)
+
+
+class Nf4:
+    """A frozen weight in 4-bit NormalFloat (QLoRA, arXiv 2305.14314), made whole at each use."""
+
+    def __init__(self, weight):
+        from bitsandbytes import functional
+
+        self.whole = functional.dequantize_4bit
+        self.state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", blocksize=64)
+
+    def __call__(self):
+        return self.whole(*self.state)
+
+
+STORES = {"resident": Resident, "host": OnHost, "int8": Int8, "nf4": Nf4}
+
+
+class Lean:
+    """The engine of a run's micro-batches: `accumulate` adds their gradients to the parameters' `.grad`."""
+
+    def __init__(self, unet, parameters, rung):
+        reason = unsupported(unet)
+        if reason:
+            raise ValueError(f"the lean step can't run this U-Net: {reason}")
+        self.unet, self.graphed = unet, rung.graphed
+        self.ops = fused.compiled() if rung.compiled else fused.PLAIN
+        if rung.compiled:
+            unet.to(memory_format=torch.channels_last)
+        self.projections = []
+        _patch(self, unet, STORES[rung.weights], units(unet)[: rung.recompute])
+        self._lay_out(parameters)
+        self.graphs, self.seen = {}, {}
+        self.refresh()
+
+    def _lay_out(self, parameters) -> None:
+        """Half-precision copies of the LoRA and gradients in flat buffers, in the order of the projections."""
+        masters = [p for projection in self.projections for p in projection.masters]
+        if {id(p) for p in masters} != {id(p) for p in parameters}:
+            raise ValueError("the lean step knows LoRA on to_q, to_k, to_v and to_out.0 alone; take the plain step")
+        sizes = [p.numel() for p in masters]
+        device, dtype = self.unet.device, next(self.unet.parameters()).dtype
+        self.copied = torch.empty(sum(sizes), device=device, dtype=dtype)
+        self.micro_grads = torch.zeros_like(self.copied)
+        self.grads = torch.zeros(sum(sizes), device=device)
+        self.masters = masters
+        self.copies = [c.view_as(p) for c, p in zip(self.copied.split(sizes), masters, strict=True)]
+        for p, grad in zip(masters, self.grads.split(sizes), strict=True):
+            p.grad = grad.view_as(p)
+        place = 0
+        for projection in self.projections:
+            half = len(projection.masters) // 2
+            ends = [sum(p.numel() for p in part) for part in (projection.masters[:half], projection.masters[half:])]
+            cuts = (slice(place, place + ends[0]), slice(place + ends[0], place + sum(ends)))
+            projection.take([self.copied[cut] for cut in cuts], [self.micro_grads[cut] for cut in cuts])
+            place += sum(ends)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the fp32 LoRA weights to what the step computes with: after each change of them."""
+        torch._foreach_copy_(self.copies, self.masters)
+
+    def zero_grad(self) -> None:
+        self.grads.zero_()
+
+    def accumulate(self, inputs: dict[str, torch.Tensor], seed: torch.Tensor) -> torch.Tensor:
+        """Losses (B,) of a micro-batch (what `step.diffusion_loss` takes); adds the gradients of seed (B,) * losses."""
+        if not self.graphed:
+            return self._micro_step(inputs, seed)
+        key = tuple(inputs["latents"].shape)
+        if key not in self.graphs:
+            self.seen[key] = self.seen.get(key, 0) + 1
+            if self.seen[key] <= AFTER:
+                return self._micro_step(inputs, seed)
+            self.graphs[key] = _Graph(self, inputs, seed)
+        return self.graphs[key](inputs, seed)
+
+    def _micro_step(self, inputs, seed) -> torch.Tensor:
+        losses = step.diffusion_loss(self.unet, **inputs)
+        losses.backward(seed)
+        self.grads += self.micro_grads
+        return losses.detach()
+
+    def release(self) -> None:
+        """Gives the recorded graphs' memory back; they are recorded again when needed."""
+        self.graphs = {}
+
+
+class _Graph:
+    """One micro-step's kernels as a CUDA graph, replayed on inputs of the same shapes."""
+
+    def __init__(self, lean, inputs, seed):
+        self.inputs, self.seed = {name: value.clone() for name, value in inputs.items()}, seed.clone()
+        before = lean.grads.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        pool = next((other.graph.pool() for other in lean.graphs.values()), None)
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.losses = lean._micro_step(self.inputs, self.seed)
+        lean.grads.copy_(before)
+
+    def __call__(self, inputs, seed):
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.seed.copy_(seed)
+        self.graph.replay()
+        return self.losses.clone()
+
+
+def units(unet) -> list[torch.nn.Module]:
+    """What can be recomputed instead of kept, in the order in which it is given up: transformer blocks, then ResNets.
+
+    The blocks with most pixels come first: each frees most.
+    """
+    kinds = {"BasicTransformerBlock": [], "ResnetBlock2D": []}
+    for module in unet.modules():
+        kinds.get(type(module).__name__, []).append(module)
+    return sorted(kinds["BasicTransformerBlock"], key=lambda block: block.dim) + kinds["ResnetBlock2D"]
+
+
+def unsupported(unet) -> str | None:
+    """Why the lean step can't run this U-Net; None if it can. It is written for SDXL's kinds of layer."""
+    for name, module in unet.named_modules():
+        kind = type(module).__name__
+        if kind == "BasicTransformerBlock":
+            fits = module.norm_type == "layer_norm" and module.activation_fn == "geglu" and module.attn2 is not None
+            fits = fits and not (module.only_cross_attention or module.double_self_attention or module.pos_embed)
+            fits = fits and all(_usual(attention) for attention in (module.attn1, module.attn2))
+        elif kind == "Transformer2DModel":
+            fits = module.is_input_continuous and module.use_linear_projection
+        elif kind == "ResnetBlock2D":
+            fits = module.time_embedding_norm == "default" and module.output_scale_factor == 1
+            fits = fits and not (module.up or module.down or module.skip_time_act)
+            fits = fits and isinstance(module.nonlinearity, torch.nn.SiLU) and module.time_emb_proj is not None
+        else:
+            fits = not (isinstance(module, torch.nn.Conv2d) and (module.groups > 1 or module.padding_mode != "zeros"))
+        if not fits:
+            return f"'{name}' is set up as in no SDXL"
+    return None
+
+
+def _usual(attention) -> bool:
+    """Whether this attention is plain scaled dot-product attention with LoRA on its four projections."""
+    layers = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+    lora = all(hasattr(layer, "base_layer") and list(layer.lora_A) == ["default"] for layer in layers)
+    no_bias = lora and all(layer.base_layer.bias is None for layer in layers[:3])
+    other = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k, attention.norm_cross)
+    plain = not any(other) and attention.rescale_output_factor == 1 and not attention.residual_connection
+    return no_bias and plain
+
+
+def _patch(lean, unet, keep, recomputed) -> None:
+    """Puts lean forward methods into the modules of `unet`; `keep` makes the stores of their linear weights."""
+    recomputed = {id(module) for module in recomputed}
+    for module in unet.modules():
+        kind = type(module).__name__
+        if kind == "BasicTransformerBlock":
+            forward = _transformer_block(lean, module, keep)
+        elif kind == "ResnetBlock2D":
+            forward = functools.partial(_resnet, lean.ops, module)
+        elif kind == "Transformer2DModel":
+            forward = functools.partial(_transformer, lean.ops, module)
+        elif isinstance(module, torch.nn.Conv2d):
+            forward = functools.partial(_convolution, module)
+        else:
+            continue
+        module.forward = _recomputing(forward) if id(module) in recomputed else forward
+
+
+def _convolution(conv, x):
+    return fused.Convolution.apply(x, conv, True)
+
+
+def _recomputing(forward):
+    """`forward` that keeps its input alone where gradients are wanted, and runs again in the backward pass."""
+
+    def run(x, *rest, **named):
+        if not torch.is_grad_enabled():
+            return forward(x, *rest, **named)
+        return checkpoint(
+            forward, x, *rest, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **named
+        )
+
+    return run
+
+
+def _transformer_block(lean, block, keep):
+    """The forward method of a BasicTransformerBlock: x (B, T, C), encoder_hidden_states (B, L, D) -> (B, T, C)."""
+    own, cross, ops = block.attn1, block.attn2, lean.ops
+    qkv = Projection([own.to_q, own.to_k, own.to_v], keep)
+    own_out = Projection([own.to_out[0]], keep)
+    q = Projection([cross.to_q], keep)
+    kv = Projection([cross.to_k, cross.to_v], keep)
+    cross_out = Projection([cross.to_out[0]], keep)
+    lean.projections += [qkv, own_out, q, kv, cross_out]
+    first, second = block.ff.net[0].proj, block.ff.net[2]
+    kept = [keep(layer.weight.data) for layer in (first, second)]
+    for layer, store in zip((first, second), kept, strict=True):
+        if not isinstance(store, Resident):
+            layer.weight.data = layer.weight.data.new_empty(0)
+
+    def forward(x, attention_mask=None, encoder_hidden_states=None, **_):
+        x, normed = fused.AddNorm.apply(x, None, block.norm1, ops)
+        delta = own_out(fused.self_attention(qkv(normed), own.heads))
+        x, normed = fused.AddNorm.apply(x, delta, block.norm2, ops)
+        delta = cross_out(fused.cross_attention(q(normed), kv(encoder_hidden_states), cross.heads, ops))
+        x, normed = fused.AddNorm.apply(x, delta, block.norm3, ops)
+        delta = fused.FeedForward.apply(normed, kept[0], first.bias, kept[1], second.bias, ops)
+        return fused.Residual.apply(x, delta, None, ops)
+
+    return forward
+
+
+def _transformer(ops, model, x, encoder_hidden_states=None, **_):
+    """The forward method of a Transformer2DModel: x (B, C, H, W) -> ((B, C, H, W),)."""
+    high, wide = x.shape[2:]
+    hidden = fused.GroupNorm.apply(x, None, model.norm, False, ops)
+    hidden = model.proj_in(hidden.permute(0, 2, 3, 1).flatten(1, 2))  # (B, H W, C)
+    for block in model.transformer_blocks:
+        hidden = block(hidden, encoder_hidden_states=encoder_hidden_states)
+    hidden = model.proj_out(hidden).unflatten(1, (high, wide)).permute(0, 3, 1, 2)
+    return (fused.Residual.apply(x, hidden, None, ops),)
+
+
+def _resnet(ops, block, x, temb, **_):
+    """The forward method of a ResnetBlock2D: x (B, C, H, W), temb (B, E) -> (B, C', H, W)."""
+    hidden = fused.GroupNorm.apply(x, None, block.norm1, True, ops)
+    hidden = fused.Convolution.apply(hidden, block.conv1, False)
+    shift = block.time_emb_proj(block.nonlinearity(temb)) + block.conv1.bias
+    hidden = fused.GroupNorm.apply(hidden, shift, block.norm2, True, ops)
+    hidden = fused.Convolution.apply(hidden, block.conv2, False)
+    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
+    return fused.Residual.apply(shortcut, hidden, block.conv2.bias, ops)
