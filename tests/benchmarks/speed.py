@@ -1,7 +1,8 @@
 """Ours beside diffusers' own script at full size, random weights, in one run on one GPU: time, kernels, memory, losses.
 
-    python tests/benchmarks/speed.py all --stock train_text_to_image_lora_sdxl.py --out DIR --minutes 9
-    python tests/benchmarks/speed.py thirty --out DIR --steps 30 --accumulation 2
+    export PYTHONPATH=.
+    python tests/benchmarks/speed.py all --stock train_text_to_image_lora_sdxl.py --out DIR --minutes 8
+    python tests/benchmarks/speed.py thirty --out DIR
     cp DIR/speed.csv tests/benchmarks/ && python tests/benchmarks/ladder.py
 
 `all` does what has no result in DIR yet, most wanted first, and begins nothing after --minutes: run it again to go
@@ -50,14 +51,13 @@ class Variant:
     name: str
     mode: str
     rung: dict
-    checkpointing: bool = False  # diffusers' own, all blocks
     batch: int | None = None  # pictures a micro-batch, if not the recipe's; 0 is the whole update
     only: str = ""  # the one recipe that has this row
 
 
 PLAIN, FAST = {"lean": False}, {"compiled": True, "graphed": True}
 OURS = (
-    Variant("encoded once", T4_LIKE, PLAIN, checkpointing=True),
+    Variant("encoded once", T4_LIKE, PLAIN | {"recompute": 1}),
     Variant("nothing recomputed", T4_LIKE, PLAIN),
     Variant("lean step", T4_LIKE, {}),
     Variant("element-wise work compiled", T4_LIKE, {"compiled": True}),
@@ -86,13 +86,10 @@ def recipe_of(options, name: str, **changes) -> recipe.Recipe:
     return plan.replace(**(changes | options.set))
 
 
-def begin(options, plan: recipe.Recipe, rung: dict, batch: int, checkpointing: bool = False) -> train.Run:
+def begin(options, plan: recipe.Recipe, rung: dict, batch: int) -> train.Run:
     """A run in an empty folder, on the rung with these fields."""
     folder = options.out / "runs" / f"{os.getpid()}-{time.time():.3f}"
-    run = train.begin(plan, folder, options.out / "cache", rung=memory.Rung(batch, **rung))
-    if checkpointing:
-        run.unet.enable_gradient_checkpointing()
-    return run
+    return train.begin(plan, folder, options.out / "cache", rungs=[memory.Rung(batch, **rung)])
 
 
 def prepare(options) -> None:
@@ -214,7 +211,7 @@ def measured(options, plan: recipe.Recipe, variant: Variant, first) -> dict:
     measure.attention(variant.mode)
     batch = plan.pictures_per_step if variant.batch == 0 else variant.batch or plan.batch
     begun = measure.now()
-    run = begin(options, plan, variant.rung, batch, variant.checkpointing)
+    run = begin(options, plan, variant.rung, batch)
     figures = {"loss": loss_on(run, first) if first and variant.batch is None else None}
     whole = step.draw(run.recipe, 0, run.trained.shapes)
     piece = part_of(whole, batch)  # a micro-batch
@@ -310,9 +307,7 @@ def put(unet, weights: dict[str, torch.Tensor]) -> None:
 def gradients(run: train.Run, draw: step.Draw, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     """All LoRA gradients of the run's step on `draw`, one after the other, fp32; the loss scale is halved till fit."""
     put(run.unet, weights)
-    for part in vars(run).values():
-        if hasattr(part, "refresh"):  # the lean step's copies of the weights
-            part.refresh()
+    run.engine.refresh()
     run._accumulate(draw)  # kernels are compiled, and recorded
     for _ in range(train.RETRIES):
         run._accumulate(draw)
