@@ -52,11 +52,15 @@ def kernels(trace: Path, steps: int, figures: dict):
 
 
 def machine() -> dict[str, str]:
-    """What stands beside each figure: the card, PyTorch's version, the commit where git knows it."""
+    """What stands beside each figure."""
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": card, "torch": torch.__version__}
+
+
+def commit() -> str:
+    """Where the working tree stands, or nothing where git doesn't know it."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
-        commit = ""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": card, "torch": torch.__version__, "commit": commit}
+        return ""

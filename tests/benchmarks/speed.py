@@ -6,8 +6,10 @@
     cp DIR/speed.csv tests/benchmarks/ && python tests/benchmarks/ladder.py
 
 `all` does what has no result in DIR yet, most wanted first, and begins nothing after --minutes: run it again to go
-on. Its parts, each by itself: prepare (base, pictures), stock, fixed (the script with a VAE that is safe in fp16, which
-it must be told of), ours, exact (fp32 references) and table. The script needs datasets, torchvision and bitsandbytes.
+on (it takes about a quarter of an hour in all, half of it compiling; 'thirty' some minutes). Its parts, each by itself:
+prepare (base, pictures), stock, fixed (the script with a VAE that is safe in fp16, which it must be told of), ours,
+exact (fp32 references) and table; --rows picks rows by parts of their names, --recipes one recipe. The script needs
+datasets, torchvision and bitsandbytes.
 Attention is measured twice: T4-like (no flash, no cuDNN attention, no TF32) and as the card has it. A micro-step is
 the recipe's (1 picture at 1024 px, 12 at 256); wall time a micro-step is an update's, optimizer included, divided by 8.
 GPU work is the sum of kernel times; 'modelled' is t4.py's. On a CPU, where there are no kernels, this tries the script:
@@ -111,7 +113,8 @@ def keep(options, name: str, variant: str, mode: str, figures: dict) -> None:
     if mode == OWN or not figures.get("tflop"):  # a replayed graph's kernels name no ops
         figures = {key: value for key, value in figures.items() if not key.startswith(("t4", "tflop", "giga"))}
     file = result_file(options, name, variant, mode)
-    row = {"recipe": name, "variant": variant, "attention": mode} | measure.machine() | figures
+    row = {"recipe": name, "variant": variant, "attention": mode, "commit": options.commit}
+    row |= measure.machine() | figures
     report.write_json(file.with_suffix(".part"), row).rename(file)
     print(f"{name}: {variant}, attention {mode}: " + json.dumps(
         {key: row[key] for key in SHOWN if key in row}), flush=True)
@@ -188,7 +191,7 @@ def times(plan: recipe.Recipe, seconds: float) -> dict[str, float]:
 def ours(options, name: str) -> None:
     """Every variant that has no result yet, until the time is over; one that fails is told of and left out."""
     plan, first, compiled_for = recipe_of(options, name), load_first(options, name), None
-    for variant in OURS:
+    for variant in sorted(OURS, key=lambda v: (not v.rung.get("lean", True), bool(v.only))):  # what is wanted most
         done = result_file(options, name, variant.name, variant.mode).exists()
         if done or variant.only not in ("", name) or not wanted(options, variant.name) or time.time() > options.until:
             continue
@@ -336,7 +339,7 @@ def thirty(options) -> None:
             row: max(abs(a - b) for a, b in zip(values, losses["plain"], strict=True)) for row, values in losses.items()
         }
         figures = {"updates": options.steps, "mean_loss": sum(losses["plain"]) / len(losses["plain"])}
-        figures |= {"greatest difference from plain": apart} | measure.machine()
+        figures |= {"greatest difference from plain": apart, "commit": options.commit} | measure.machine()
         report.write_json(options.out / "results" / f"{name}.thirty.json", figures)
         print(name, json.dumps(figures), flush=True)
 
@@ -389,11 +392,13 @@ def table(options) -> None:
     print(ladder.full(ladder.read(options.out / "speed.csv")))
 
 
-def start(options, part: str, name: str, row: str = "") -> subprocess.Popen:
+def start(options, part: str, name: str, row: str = "", until: float | None = None) -> subprocess.Popen:
     """A part of the benchmark in its own process."""
     command = [sys.executable, __file__, part, "--out", options.out, "--base", options.base, "--recipes", name]
-    command += ["--set", json.dumps(options.set), "--until", options.until, "--steps", options.steps, "--row", row]
+    command += ["--set", json.dumps(options.set), "--until", until or options.until]
+    command += ["--steps", options.steps, "--row", row]
     command += ["--stock", options.stock] if options.stock else []
+    command += ["--commit", options.commit] if options.commit else []
     command += ["--accumulation", options.accumulation] if options.accumulation else []
     command += ["--rows", *options.rows] if options.rows else []
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(
@@ -403,19 +408,30 @@ def start(options, part: str, name: str, row: str = "") -> subprocess.Popen:
 
 
 def everything(options) -> None:
-    """Each part in a process of its own, for each recipe, while there is time."""
+    """Each part in a process of its own, for each recipe, while there is time; references side by side."""
     prepare(options)
     for part in PARTS[1:-1]:
-        for name in options.recipes:
+        running = {}
+        for place, name in enumerate(options.recipes):
             variant = {"stock": STOCK, "fixed": FIXED}.get(part)
-            if time.time() > options.until or variant and result_file(options, name, variant, T4_LIKE).exists():
+            left = options.until - time.time()
+            if left < 0 or variant and result_file(options, name, variant, T4_LIKE).exists():
                 continue
-            begun, process = time.time(), start(options, part, name)
-            failed = process.wait()
-            log = (options.out / f"{part}-{name}.log").read_text(errors="replace")
-            print(log[-2000:] if failed else "".join(x for x in log.splitlines(True) if x.startswith(name)), flush=True)
-            print(f"{part} {name}: {time.time() - begun:.0f} s", flush=True)
+            running[name] = start(options, part, name, until=time.time() + left / (len(options.recipes) - place))
+            if part != "exact":
+                finish(options, part, running)
+        finish(options, part, running)
     table(options)
+
+
+def finish(options, part: str, running: dict[str, subprocess.Popen]) -> None:
+    """Waits for what is running, and shows its results, or what went wrong."""
+    while running:
+        name, process = running.popitem()
+        failed = process.wait()
+        log = (options.out / f"{part}-{name}.log").read_text(errors="replace")
+        print(log[-2000:] if failed else "".join(x for x in log.splitlines(True) if x.startswith(name)), flush=True)
+        print(f"{part} {name}: done after {time.time() - options.begun:.0f} s in all", flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -427,6 +443,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="+", default=["naruto-1024", "naruto-256"], choices=list(CHECKED_AT))
     parser.add_argument("--rows", nargs="+", default=[], help="parts of the names of the rows that are wanted")
     parser.add_argument("--set", type=json.loads, default={}, help="JSON: other recipe fields")
+    parser.add_argument("--commit", help="what was measured, where git doesn't know it")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin nothing later")
     parser.add_argument("--steps", type=int, default=30, help="updates of 'thirty'")
     parser.add_argument("--accumulation", type=int, help="micro-batches an update of 'thirty', if not the recipe's")
@@ -435,6 +452,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     options.out = options.out.resolve()
     options.base = (options.base or options.out / "base").resolve()
+    options.begun = time.time()
+    options.commit = options.commit or measure.commit()
     options.until = options.until or time.time() + 60 * options.minutes
     return options
 
