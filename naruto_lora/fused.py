@@ -192,19 +192,6 @@ class Convolution(Function):
         return grads[0], None, None
 
 
-class Linear(Function):
-    """A frozen linear layer on (..., D), its weight from `store()`. Keeps nothing."""
-
-    @staticmethod
-    def forward(ctx, x, store, bias):
-        ctx.store = store
-        return F.linear(x, store(), bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.store(), None, None
-
-
 class FeedForward(Function):
     """Linear, GEGLU, linear, all frozen, on (..., D). Keeps the first one's output."""
 

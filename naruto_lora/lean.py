@@ -7,6 +7,7 @@ stays peft's. `tests/test_lean.py` holds its losses and gradients against the pl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -25,11 +26,7 @@ class Projection:
     """
 
     def __init__(self, layers, keep):
-        weights = [layer.base_layer.weight for layer in layers]
-        whole = weights[0].data if len(layers) == 1 else torch.cat([weight.data for weight in weights])
-        self.store = keep(whole)
-        for weight, part in zip(weights, whole.chunk(len(layers)), strict=True):
-            weight.data = part if isinstance(self.store, Resident) else part.new_empty(0)
+        self.store = _stored([layer.base_layer for layer in layers], keep)
         self.bias = layers[0].base_layer.bias if len(layers) == 1 else None
         self.parts, self.scale = len(layers), layers[0].scaling["default"]
         self.anchor = layers[0].lora_A["default"].weight
@@ -99,6 +96,26 @@ class Nf4:
         return self.whole(*self.state)
 
 
+def _stored(layers, keep):
+    """The store that `keep` makes of the weights of `layers`, one below the other; they then hold them no more.
+
+    Where they are kept whole the layers see their parts of it; otherwise what a rung before this one has stored is
+    made whole again first.
+    """
+    weights = [layer.kept() if hasattr(layer, "kept") else layer.weight.data for layer in layers]
+    whole = weights[0] if len(layers) == 1 else torch.cat(weights)
+    del weights
+    store = keep(whole)
+    for number, (layer, part) in enumerate(zip(layers, whole.chunk(len(layers)), strict=True)):
+        layer.weight.data = part if isinstance(store, Resident) else part.new_empty(0)
+        layer.kept = functools.partial(_part, store, number, len(layers))
+    return store
+
+
+def _part(store, number: int, count: int):
+    return store().chunk(count)[number]
+
+
 STORES = {"resident": Resident, "host": OnHost, "int8": Int8, "nf4": Nf4}
 
 
@@ -146,6 +163,10 @@ class Lean:
         """Copies the fp32 LoRA weights to what the step computes with: after each change of them."""
         torch._foreach_copy_(self.copies, self.masters)
 
+    def context(self):
+        """What the U-Net must run in, wherever it is used: no autocast."""
+        return contextlib.nullcontext()
+
     def zero_grad(self) -> None:
         self.grads.zero_()
 
@@ -167,9 +188,10 @@ class Lean:
         self.grads += self.micro_grads
         return losses.detach()
 
-    def release(self) -> None:
-        """Gives the recorded graphs' memory back; they are recorded again when needed."""
-        self.graphs = {}
+    def release(self) -> bool:
+        """Lets go of the recorded graphs and their memory, if there are any; they are recorded again when needed."""
+        held, self.graphs = bool(self.graphs), {}
+        return held
 
 
 class _Graph:
@@ -279,10 +301,7 @@ def _transformer_block(lean, block, keep):
     cross_out = Projection([cross.to_out[0]], keep)
     lean.projections += [qkv, own_out, q, kv, cross_out]
     first, second = block.ff.net[0].proj, block.ff.net[2]
-    kept = [keep(layer.weight.data) for layer in (first, second)]
-    for layer, store in zip((first, second), kept, strict=True):
-        if not isinstance(store, Resident):
-            layer.weight.data = layer.weight.data.new_empty(0)
+    kept = [_stored([layer], keep) for layer in (first, second)]
 
     def forward(x, attention_mask=None, encoder_hidden_states=None, **_):
         x, normed = fused.AddNorm.apply(x, None, block.norm1, ops)
