@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from naruto_lora import lean, lora, memory
+from naruto_lora import lean, lora, memory, step
 
 NAMES = {torch.float16: "c10::Half", torch.float32: "float", torch.int64: "long int", torch.bool: "bool"}
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
@@ -81,7 +81,8 @@ def micro_step(rung: memory.Rung, batch: int, side: int) -> list[t4.Op]:
         lora.inject(unet, 16, 16)
     with FakeTensorMode():
         fake(unet)
-        engine = lean.make_engine(unet, [p for p in unet.parameters() if p.requires_grad], rung)
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        engine = lean.Lean(unet, trained, rung) if rung.lean else step.Plain(unet, trained, rung.recompute > 0)
         latents = torch.empty(batch, 4, side // 8, side // 8)
         inputs = {
             "latents": latents, "noise": latents, "prompt_embeds": torch.empty(batch, 77, 2048, dtype=torch.float16),
@@ -126,7 +127,8 @@ def main() -> None:
     for recipe in options.recipes:
         batch, side = SHAPES[recipe]
         plain = memory.Rung(batch, lean=False)
-        print(f"{recipe:46}{'TFLOP':>8}{'GB':>8}{'ops':>8}{'T4 ms':>8}{'a pict.':>8}  linear / conv / attention / other")
+        headings = "".join(f"{heading:>8}" for heading in ("TFLOP", "GB", "ops", "T4 ms", "a pict."))
+        print(f"{recipe:46}{headings}  linear / conv / attention / other")
         once = micro_step(memory.Rung(batch, lean=False, recompute=1), batch, side)
         report("stock script (text encoders left out)", once + encoding(batch, side, torch.float32), batch)
         report("the same, VAE in fp16", once + encoding(batch, side, torch.float16), batch)
