@@ -38,13 +38,18 @@ def check_base(base: str, vae: str = "") -> None:
     kind = index.get("_class_name", "an unnamed pipeline")
     if kind != "StableDiffusionXLPipeline":
         raise ValueError(f"the base '{base}' is a {kind}, not a StableDiffusionXLPipeline; take an SDXL base model")
-    if _config(base, "unet/config.json", "an SDXL model").get("addition_embed_type") != "text_time":
+    if unet_config(base).get("addition_embed_type") != "text_time":
         raise ValueError(f"the U-Net of '{base}' has no size conditioning, so it is not SDXL Base; take an SDXL base")
     kind = _config(base, "scheduler/scheduler_config.json", "an SDXL model").get("prediction_type", "epsilon")
     if kind != "epsilon":
         raise ValueError(f"the base '{base}' predicts '{kind}'; only epsilon prediction, SDXL Base's own, is supported")
     if vae:
         _config(vae, "config.json", "a VAE")
+
+
+def unet_config(base: str) -> dict:
+    """The configuration of the base's U-Net. Raises ValueError or FileNotFoundError where there is none."""
+    return _config(base, "unet/config.json", "an SDXL model")
 
 
 def identity(source: str) -> str:
