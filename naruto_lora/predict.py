@@ -36,6 +36,7 @@ class Layer:
     width: int  # channels in
     out: int  # channels out
     heads: int  # of both attentions
+    text: int  # channels of a caption's embedding
     first: bool  # no LoRA stands before it: what comes in needs no gradient
     joined: bool  # what comes in is joined with a skip connection that needs a gradient
 
@@ -103,7 +104,7 @@ def shape_of(unet, resolution: int) -> Shape:
         rows, width = (math.prod(x.shape[2:]), x.shape[1]) if x.dim() == 4 else x.shape[1:]
         heads = module.attn1.heads if kind == "block" else 0
         layers.append(Layer(kind, places.get(id(module)), rows, width, out.shape[-1 if kind == "block" else 1],
-                            heads, first, joined))  # fmt: skip
+                            heads, unet.config.cross_attention_dim, first, joined))  # fmt: skip
         first = first and kind != "block"
         if not first and kind != "block":
             kept.add(id(x))
@@ -163,6 +164,7 @@ class Cost:
     waits: float = 0  # of gradients left for later
 
 
+@functools.cache
 def cost(layer: Layer, batch: int, rank: int, size: int) -> Cost:
     """What the lean step's functions keep of `layer` (see `fused`); `size` is the bytes of a number."""
     each, single = batch * layer.rows * layer.width, 4 / size  # a tensor that comes in; an fp32 number
@@ -188,23 +190,33 @@ def _block_cost(layer: Layer, batch: int, rank: int, single: float) -> Cost:
     return Cost(each, inside + (0 if layer.first else each), inside, 10 * each, 17 * each)
 
 
+def keeps(layer: Layer, rung: Rung, rank: int, size: int) -> float:
+    """Numbers (of `size` bytes) that `rung` keeps of a layer for the backward pass."""
+    of = cost(layer, rung.batch, rank, size)
+    if _again(layer, rung):
+        return of.entry
+    if rung.lean:
+        return of.kept
+    return PLAIN * of.kept + (rung.batch * TOKENS * layer.text if layer.kind == "block" else 0)
+
+
+def _again(layer: Layer, rung: Rung) -> bool:
+    """Whether the layer's forward pass runs again in the backward pass."""
+    return layer.place is not None and layer.place < rung.recompute
+
+
 def peak(shape: Shape, rung: Rung, rank: int, size: int) -> tuple[float, float]:
     """Bytes at the peak of a micro-step: kept for the backward pass, and what lives for a moment beside it."""
-    costs = [cost(layer, rung.batch, rank, size) for layer in shape.layers]
-    again = [layer.place is not None and layer.place < rung.recompute for layer in shape.layers]
     scale = 1 if rung.lean else PLAIN
-    keep = [c.entry if r else c.kept * scale for c, r in zip(costs, again, strict=True)]
-    if not rung.lean:
-        caption = rung.batch * TOKENS * shape.text
-        keep = [k + caption * (layer.kind == "block") * (not r)
-                for k, layer, r in zip(keep, shape.layers, again, strict=True)]  # fmt: skip
-    live = rung.batch * TOKENS * shape.text + LOSS * 4 / size * rung.batch * 4 * shape.pixels
-    total = live + sum(keep)
-    found = [(total, rung.batch * shape.waiting + scale * costs[-1].forward)]  # the end of the forward pass
-    left, waits = total, 0.0
-    for c, r, k in zip(*map(reversed, (costs, again, keep)), strict=True):
-        found.append((left, waits + scale * (c.backward + (c.inside if r else 0))))
-        left, waits = left - k, waits + c.waits
+    kept = rung.batch * TOKENS * shape.text + LOSS * 4 / size * rung.batch * 4 * shape.pixels
+    kept += sum(keeps(layer, rung, rank, size) for layer in shape.layers)
+    last = cost(shape.layers[-1], rung.batch, rank, size)
+    found = [(kept, rung.batch * shape.waiting + scale * last.forward)]  # the end of the forward pass
+    waits = 0.0
+    for layer in reversed(shape.layers):
+        of = cost(layer, rung.batch, rank, size)
+        found.append((kept, waits + scale * (of.backward + (of.inside if _again(layer, rung) else 0))))
+        kept, waits = kept - keeps(layer, rung, rank, size), waits + of.waits
     kept, moment = max(found, key=sum)
     return kept * size, moment * size
 
