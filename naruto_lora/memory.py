@@ -77,6 +77,13 @@ class Card:
         return Card(about.name, free, sm, about.multi_processor_count, host, triton, cores or 1)
 
 
+def expandable() -> None:
+    """Lets torch's allocator grow its pages, which leaves fewer gaps, unless somebody has set it up otherwise."""
+    if not torch.cuda.is_available() or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+        return
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
 def _host_free() -> float:
     """Bytes of the host's memory that a new tensor could take."""
     import psutil  # accelerate needs it too

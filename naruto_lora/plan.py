@@ -57,6 +57,12 @@ class Plan:
         pays = able and break_even(self.chosen.rung, self.recipe, self.card)[0] < self.steps_left
         return replace(self.chosen.rung, compiled=pays)
 
+    @property
+    def rungs(self) -> list[Rung]:
+        """The chosen one and those below it, each for when the one before runs out of memory all the same."""
+        below = self.next()
+        return [self.rung, *(below.rungs if below else [])]
+
     def next(self) -> Plan | None:
         """After an out-of-memory error: the plan one rung down, None if there is none."""
         if not self.card.cuda:
@@ -85,6 +91,12 @@ class Plan:
             f"{verb}: compiling takes about {takes:.0f} s ({kind}) and pays after {after:.0f} steps (modelled), "
             f"and {self.steps_left} are left"
         )
+
+
+def here(recipe, steps_left: int | None = None, lean: bool = True) -> Plan:
+    """`plan` for the device that `recipe` would run on now, by default for all its steps. Raises RuntimeError."""
+    device = models.device_for(recipe.precision)
+    return plan(recipe, Card.here(device), recipe.steps if steps_left is None else steps_left, lean)
 
 
 def plan(recipe, card: Card, steps_left: int, lean: bool = True) -> Plan:
