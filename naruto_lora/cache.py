@@ -147,9 +147,8 @@ def _batch(vae, side: int) -> int:
     """Pictures of side**2 px that are encoded at once: as many as pay, and as half of the free memory holds."""
     if vae.device.type == "cpu":
         return max(1, min(32, 1024**2 // side**2))
-    free, _ = torch.cuda.mem_get_info(vae.device)
     need = VAE_NUMBERS * vae.dtype.itemsize * side**2
-    return max(1, min(32, 4 * 1024**2 // side**2, free // (2 * need)))
+    return max(1, min(32, 4 * 1024**2 // side**2, memory.available(vae.device) // (2 * need)))
 
 
 def _marked(device: torch.device):
