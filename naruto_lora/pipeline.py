@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import data, files, memory, models
+from .recipe import Recipe
 
 BASE = "base"  # the name that stands for 'no adapter'
 LCM = "lcm"  # the adapter, and the scheduler that draws with it alone
@@ -157,9 +158,9 @@ def read_prompts(source: list[str] | str | Path) -> list[str]:
     return prompts
 
 
-def holdout_prompts(recipe) -> list[str]:
-    """The captions of the pictures that `recipe` keeps out of training. Raises what `data.load` raises."""
-    return [example.caption for example in data.split(data.load(recipe.dataset), recipe.holdout)[1]]
+def holdout_prompts(dataset: str | Path, holdout: float = Recipe.holdout) -> list[str]:
+    """The captions of the pictures that a run keeps out of its training. Raises what `data.load` raises."""
+    return [example.caption for example in data.split(data.load(dataset), holdout)[1]]
 
 
 def cross(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:

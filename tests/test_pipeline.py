@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from naruto_lora import pipeline
+from naruto_lora import lora, pipeline
 
 PROMPTS = ["a woman with long red hair smiling", "a bearded man with glasses in front of a blue wall"]
 FEW = dict(steps=3, guidance_scale=2.0, resolution=32, batch=2)
@@ -24,7 +24,7 @@ def draw_plainly(base, adapter=None):
     plain = StableDiffusionXLPipeline.from_pretrained(base, torch_dtype=torch.float32, add_watermarker=False)
     plain.set_progress_bar_config(disable=True)
     if adapter:
-        plain.load_lora_weights(adapter)
+        plain.load_lora_weights(adapter, weight_name=lora.FILE)
     options = dict(num_inference_steps=3, guidance_scale=2.0, height=32, width=32)
     images = [plain(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
               for prompt, seed in zip(PROMPTS, (3, 4), strict=True)]
@@ -214,7 +214,7 @@ def test_prompts_come_from_lists_files_and_the_holdout(tmp_path, plan, examples)
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
     for name in ("prompts.txt", "prompts.json"):
         assert pipeline.read_prompts(tmp_path / name) == PROMPTS
-    assert pipeline.holdout_prompts(plan) == [example.caption for example in examples[1]]
+    assert pipeline.holdout_prompts(plan.dataset, plan.holdout) == [example.caption for example in examples[1]]
     for content in ("", "{", '{"a": 1}', "[1, 2]"):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="bad.json' holds no prompts; a .txt needs one a line"):
