@@ -124,7 +124,8 @@ def use_adapter(pipe, adapter: str | dict[str, float], scale: float = 1.0) -> di
 def set_scheduler(pipe, name: str) -> None:
     """Puts the sampler called `name` in `pipe`, with SDXL's own noise schedule.
 
-    Raises ValueError if it is unknown, or if it is 'lcm' and no adapter 'lcm' is loaded.
+    'lcm' (arXiv 2311.05556) draws in 4 to 8 steps, at a guidance_scale of 1 to 2. Raises ValueError if the name is
+    unknown, or 'lcm' while no adapter 'lcm' is loaded.
     """
     import diffusers
 

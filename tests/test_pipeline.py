@@ -1,6 +1,7 @@
 """Pictures: the base untouched by an adapter that is off, the adapter the same in a plain diffusers pipeline."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +102,17 @@ def test_a_batch_is_no_larger_than_wanted_and_evenly_filled():
     assert [s.stop - s.start for s in pipeline.even_parts(7, 3)] == [2, 2, 3]
     assert [s.stop - s.start for s in pipeline.even_parts(16, 12)] == [8, 8]
     assert pipeline.even_parts(0, 4) == [] and pipeline.even_parts(2, 4) == [slice(0, 2)]
+
+
+def test_on_a_gpu_the_batch_is_what_memory_holds(monkeypatch):
+    """On a T4 that holds the fp16 pipeline several at 1024 px, always one, and no more than pay on a large card."""
+    gpu = SimpleNamespace(unet=SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
+    sizes = {}
+    for free in (0, 7, 100):
+        monkeypatch.setattr(pipeline.memory, "available", lambda device, free=free: free * 2**30)
+        sizes[free] = [pipeline.together(gpu, side) for side in (1024, 512)]
+    assert sizes[0] == [1, 1] and 1 < sizes[7][0] < sizes[7][1] <= 16 and sizes[7][0] < sizes[100][0] <= 16
+    assert pipeline.together(gpu, 1024, 3) == 3  # what is asked for is taken
 
 
 def test_texts_are_encoded_once_for_base_and_lora(base, trained, monkeypatch):
