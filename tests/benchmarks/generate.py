@@ -1,11 +1,11 @@
 """Drawing on a CUDA GPU beside a plain diffusers loop: full-size SDXL with random weights, base and LoRA, fp16.
 
-    PYTHONPATH=. python tests/benchmarks/generate.py --out DIR [--plain 4 | --plain-all] [--cap 14.56]
+    PYTHONPATH=. python tests/benchmarks/generate.py --out DIR [--plain 4 | --plain-all] [--others] [--cap 14.56]
 
 The grid is 8 prompts x 2 seeds at 1024 px, 30 Euler steps, for the base and for a LoRA: 32 pictures. The plain loop
 draws one picture after the other and calls load_lora_weights for each that needs it; --plain of each kind are timed and
-the time is scaled to all. With --cap a card of so many GiB is imitated, and base and two adapters (4 prompts x 2 seeds)
-are drawn instead.
+the time is scaled to all. --others adds batch sizes, and what is faster but not the same. With --cap a card of so many
+GiB is imitated, and base and two adapters (4 prompts x 2 seeds) are drawn instead.
 
     PYTHONPATH=. python tests/benchmarks/generate.py --out DIR --tiny --adapter RUN
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--plain", type=int, default=4, help="pictures of base, and of LoRA, that the loop is timed on")
     parser.add_argument("--plain-all", action="store_true")
+    parser.add_argument("--others", action="store_true")
     parser.add_argument("--cap", type=float, help="GiB")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--side", type=int, default=SIDE)
@@ -65,7 +66,8 @@ def main() -> None:
     figures["times faster"] = figures["plain loop, seconds for all"] / figures["ours, seconds for all"]
     figures["ours beside the loop"] = {name: apart(drawn[name][few], loop[name][1]) for name in loop}
     figures["base beside LoRA"] = apart(drawn["base"], drawn["style"])
-    figures["others"] = others(base, style, prompts, seeds, look, drawn["style"], loop["style"][1])
+    if args.others:
+        figures["others"] = others(base, style, prompts, seeds, look, drawn["style"], loop["style"][1])
     keep(args.out / "generate.json", figures)
 
 
