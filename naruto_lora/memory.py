@@ -28,6 +28,12 @@ class Rung:
     compiled: bool = False  # element-wise work fused by torch.compile, channels last
     graphed: bool = False  # a micro-step's kernels recorded and replayed as one CUDA graph
 
+    def say(self) -> str:
+        """In a few words."""
+        words = [f"{self.batch} at once", f"{self.recompute} layers recomputed" if self.recompute else ""]
+        words.append("" if self.weights == "resident" else f"frozen weights: {self.weights}")
+        return ", ".join(word for word in words if word)
+
 
 def recompute_needed(device: torch.device, resolution: int, batch: int) -> bool:
     """Whether activations must be recomputed in the backward pass (gradient checkpointing) to fit this card.
