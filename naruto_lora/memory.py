@@ -1,4 +1,4 @@
-"""Memory: what to give up for it, how much is free, and giving it back."""
+"""Memory: what can be given up for it, how much is free, and giving it back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ import torch
 
 GIB = 2**30
 CONTEXT = 0.45 * GIB  # of the card: the CUDA driver's own and the kernels' code, outside of torch's allocator
-# Full-size SDXL, rank 16, fp16 under autocast, 1024 px batch 1: peak measured on an H200 (README, 'Full size')
-PEAK_WITHOUT_RECOMPUTE = 12.4 * GIB
-WEIGHTS = 4.8 * GIB
 
 
 @dataclass(frozen=True)
@@ -33,19 +30,6 @@ class Rung:
         words = [f"{self.batch} at once", f"{self.recompute} layers recomputed" if self.recompute else ""]
         words.append("" if self.weights == "resident" else f"frozen weights: {self.weights}")
         return ", ".join(word for word in words if word)
-
-
-def recompute_needed(device: torch.device, resolution: int, batch: int) -> bool:
-    """Whether activations must be recomputed in the backward pass (gradient checkpointing) to fit this card.
-
-    Saves 5-7 GiB on full-size SDXL and costs a third more time. Activations grow with the pixels of a
-    micro-batch; a tenth of the card is left for other things.
-    """
-    if device.type != "cuda":
-        return False
-    share = max(1.0, batch * resolution**2 / 1024**2)
-    peak = WEIGHTS + (PEAK_WITHOUT_RECOMPUTE - WEIGHTS) * share
-    return peak > 0.9 * torch.cuda.get_device_properties(device).total_memory
 
 
 @dataclass(frozen=True)
@@ -88,6 +72,13 @@ def expandable() -> None:
     if not torch.cuda.is_available() or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
         return
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`; to a GPU from pinned memory, so that nobody waits for what it is still doing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _host_free() -> float:
