@@ -7,6 +7,7 @@ stays peft's. `tests/test_lean.py` holds its losses and gradients against the pl
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -25,11 +26,7 @@ class Projection:
     """
 
     def __init__(self, layers, keep):
-        weights = [layer.base_layer.weight for layer in layers]
-        whole = weights[0].data if len(layers) == 1 else torch.cat([weight.data for weight in weights])
-        self.store = keep(whole)
-        for weight, part in zip(weights, whole.chunk(len(layers)), strict=True):
-            weight.data = part if isinstance(self.store, Resident) else part.new_empty(0)
+        self.store = _stored([layer.base_layer for layer in layers], keep)
         self.bias = layers[0].base_layer.bias if len(layers) == 1 else None
         self.parts, self.scale = len(layers), layers[0].scaling["default"]
         self.anchor = layers[0].lora_A["default"].weight
@@ -99,6 +96,26 @@ class Nf4:
         return self.whole(*self.state)
 
 
+def _stored(layers, keep):
+    """The store that `keep` makes of the weights of `layers`, one below the other; they then hold them no more.
+
+    Where they are kept whole the layers see their parts of it; otherwise what a rung before this one has stored is
+    made whole again first.
+    """
+    weights = [layer.kept() if hasattr(layer, "kept") else layer.weight.data for layer in layers]
+    whole = weights[0] if len(layers) == 1 else torch.cat(weights)
+    del weights
+    store = keep(whole)
+    for number, (layer, part) in enumerate(zip(layers, whole.chunk(len(layers)), strict=True)):
+        layer.weight.data = part if isinstance(store, Resident) else part.new_empty(0)
+        layer.kept = functools.partial(_part, store, number, len(layers))
+    return store
+
+
+def _part(store, number: int, count: int):
+    return store().chunk(count)[number]
+
+
 STORES = {"resident": Resident, "host": OnHost, "int8": Int8, "nf4": Nf4}
 
 
@@ -109,15 +126,21 @@ class Lean:
         reason = unsupported(unet)
         if reason:
             raise ValueError(f"the lean step can't run this U-Net: {reason}")
-        self.unet, self.graphed = unet, rung.graphed
-        self.ops = fused.compiled() if rung.compiled else fused.PLAIN
+        self.unet, self.graphed, self.ops, self.news = unet, rung.graphed, fused.PLAIN, []
         if rung.compiled:
-            unet.to(memory_format=torch.channels_last)
+            self._compile()
         self.projections = []
         _patch(self, unet, STORES[rung.weights], units(unet)[: rung.recompute])
         self._lay_out(parameters)
         self.graphs, self.seen = {}, {}
         self.refresh()
+
+    def _compile(self) -> None:
+        try:
+            self.ops = fused.compiled(self.unet.device)
+            self.unet.to(memory_format=torch.channels_last)
+        except RuntimeError as error:
+            self.news.append(f"torch.compile does not work here ({error}): it goes on without, somewhat slower")
 
     def _lay_out(self, parameters) -> None:
         """Half-precision copies of the LoRA and gradients in flat buffers, in the order of the projections."""
@@ -146,6 +169,10 @@ class Lean:
         """Copies the fp32 LoRA weights to what the step computes with: after each change of them."""
         torch._foreach_copy_(self.copies, self.masters)
 
+    def context(self):
+        """What the U-Net must run in, wherever it is used: no autocast."""
+        return contextlib.nullcontext()
+
     def zero_grad(self) -> None:
         self.grads.zero_()
 
@@ -156,10 +183,23 @@ class Lean:
         key = tuple(inputs["latents"].shape)
         if key not in self.graphs:
             self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] <= AFTER:
+            if self.seen[key] <= AFTER or not self._record(key, inputs, seed):
                 return self._micro_step(inputs, seed)
-            self.graphs[key] = _Graph(self, inputs, seed)
         return self.graphs[key](inputs, seed)
+
+    def _record(self, key, inputs, seed) -> bool:
+        """Whether a CUDA graph of this micro-step could be recorded. Raises torch.OutOfMemoryError."""
+        before = self.grads.clone()
+        try:
+            self.graphs[key] = _Graph(self, inputs, seed)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.graphed = False
+            reason = str(error).splitlines()[0][:120]
+            self.news.append(f"no CUDA graph can be recorded here ({reason}): it goes on without")
+        self.grads.copy_(before)
+        return self.graphed
 
     def _micro_step(self, inputs, seed) -> torch.Tensor:
         losses = step.diffusion_loss(self.unet, **inputs)
@@ -167,9 +207,15 @@ class Lean:
         self.grads += self.micro_grads
         return losses.detach()
 
-    def release(self) -> None:
-        """Gives the recorded graphs' memory back; they are recorded again when needed."""
-        self.graphs = {}
+    def release(self) -> bool:
+        """Lets go of the recorded graphs and their memory, if there are any; they are recorded again when needed."""
+        held, self.graphs = bool(self.graphs), {}
+        return held
+
+
+def make_engine(unet, parameters, rung):
+    """What runs the micro-batches as `rung` says: the plain step (`step.Plain`) or the lean one."""
+    return Lean(unet, parameters, rung) if rung.lean else step.Plain(unet, parameters, rung.recompute > 0)
 
 
 class _Graph:
@@ -177,12 +223,10 @@ class _Graph:
 
     def __init__(self, lean, inputs, seed):
         self.inputs, self.seed = {name: value.clone() for name, value in inputs.items()}, seed.clone()
-        before = lean.grads.clone()
         self.graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in lean.graphs.values()), None)
         with torch.cuda.graph(self.graph, pool=pool):
             self.losses = lean._micro_step(self.inputs, self.seed)
-        lean.grads.copy_(before)
 
     def __call__(self, inputs, seed):
         for name, value in inputs.items():
@@ -279,10 +323,7 @@ def _transformer_block(lean, block, keep):
     cross_out = Projection([cross.to_out[0]], keep)
     lean.projections += [qkv, own_out, q, kv, cross_out]
     first, second = block.ff.net[0].proj, block.ff.net[2]
-    kept = [keep(layer.weight.data) for layer in (first, second)]
-    for layer, store in zip((first, second), kept, strict=True):
-        if not isinstance(store, Resident):
-            layer.weight.data = layer.weight.data.new_empty(0)
+    kept = [_stored([layer], keep) for layer in (first, second)]
 
     def forward(x, attention_mask=None, encoder_hidden_states=None, **_):
         x, normed = fused.AddNorm.apply(x, None, block.norm1, ops)

@@ -52,6 +52,12 @@ def unet_config(base: str) -> dict:
     return _config(base, "unet/config.json", "an SDXL model")
 
 
+def pixels_a_latent(base: str, vae: str = "") -> int:
+    """The side of what one of a latent's pixels stands for, in px: 8 for SDXL."""
+    config = _config(vae, "config.json", "a VAE") if vae else _config(base, "vae/config.json", "an SDXL model")
+    return 2 ** (len(config["block_out_channels"]) - 1)
+
+
 def identity(source: str) -> str:
     """What tells one model from another: a hub id, or a folder's weights (size and first MiB, not place)."""
     files = sorted(Path(source).rglob("*.safetensors"))

@@ -51,6 +51,7 @@ class Shape:
     largest: int  # of these in one layer
     sides: tuple[int, ...]  # of the LoRA's matrices: each has side * rank numbers
     waiting: int  # numbers a picture that wait for the last up block and that no layer keeps
+    skips: int  # numbers a picture of the skip connections
     text: int  # channels of a caption's embedding
     pixels: int  # of a latent
 
@@ -119,6 +120,7 @@ def shape_of(unet, resolution: int) -> Shape:
         max(m.weight.numel() for m in linear),
         tuple(side for m in adapted for side in m.weight.shape),
         sum(skip.numel() for skip in skips[:last] if id(skip) not in kept),
+        sum(skip.numel() for skip in skips),
         unet.config.cross_attention_dim,
         (resolution // 8) ** 2,
     )
@@ -221,6 +223,12 @@ def peak(shape: Shape, rung: Rung, rank: int, size: int) -> tuple[float, float]:
     return kept * size, moment * size
 
 
+def evaluation(shape: Shape, rung: Rung, rank: int, size: int) -> float:
+    """Numbers at the peak of a forward pass that needs no gradients."""
+    most = max(cost(layer, rung.batch, rank, size).forward for layer in shape.layers)
+    return rung.batch * (shape.skips + TOKENS * shape.text) + most
+
+
 def predict(shape: Shape, rung: Rung, recipe, cuda: bool = True) -> Parts:
     """Bytes by part that `rung` takes at the peak of a step."""
     size = models.DTYPES[recipe.precision].itemsize
@@ -229,8 +237,8 @@ def predict(shape: Shape, rung: Rung, recipe, cuda: bool = True) -> Parts:
     copies = 2 * size if rung.lean else size  # autocast keeps one
     if rung.weights != "resident":
         moment += shape.largest * size
-    if rung.graphed:  # the evaluations beside the graph's own memory
-        moment += WORKSPACE
+    if rung.graphed:  # beside the graph's own memory: the hold-out's forward passes, cuBLAS's workspaces again
+        moment += WORKSPACE + size * evaluation(shape, rung, recipe.rank, size)
     held = (
         (shape.numbers - shape.linear) * size + shape.linear * stored(rung.weights, size),
         trained * (4 + 4 + copies),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -24,6 +25,44 @@ def diffusion_loss(unet, latents, prompt_embeds, pooled, time_ids, timesteps, no
         noisy.to(dtype), timesteps, encoder_hidden_states=prompt_embeds.to(dtype), added_cond_kwargs=added
     ).sample
     return (predicted.float() - noise.float()).square().mean(dim=(1, 2, 3))  # (B,)
+
+
+class Plain:
+    """A run's micro-batches as they are: the U-Net with peft's LoRA in fp32, or in fp16 under autocast.
+
+    `lean.Lean` computes the same with less memory and fewer kernels.
+    """
+
+    news = ()  # lines for people: there are none
+
+    def __init__(self, unet, parameters, recompute: bool = False):
+        self.unet, self.parameters = unet, parameters
+        self.half = next(unet.parameters()).dtype == torch.float16
+        unet.enable_gradient_checkpointing() if recompute else unet.disable_gradient_checkpointing()
+
+    def context(self):
+        """What the U-Net must run in, wherever it is used."""
+        if self.half:
+            return torch.autocast(self.unet.device.type, dtype=torch.float16)
+        return contextlib.nullcontext()
+
+    def accumulate(self, inputs: dict[str, torch.Tensor], seed: torch.Tensor) -> torch.Tensor:
+        """Losses (B,) of what `diffusion_loss` takes; adds the gradients of seed (B,) * losses to the parameters'."""
+        with self.context():
+            losses = diffusion_loss(self.unet, **inputs)
+        losses.backward(seed)
+        return losses.detach()
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def refresh(self) -> None:
+        """After each change of the LoRA's weights: nothing is derived from them."""
+
+    def release(self) -> bool:
+        """Before others need the GPU's memory. False: nothing is held between micro-batches."""
+        return False
 
 
 @dataclass(frozen=True)

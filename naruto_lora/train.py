@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from . import cache, checkpoint, data, files, lora, memory, models, pipeline, session, step
+from . import cache, checkpoint, data, files, lean, lora, memory, models, pipeline, session, step
 from . import recipe as recipes
 from .progress import Progress
 
@@ -41,11 +42,12 @@ def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     return run.finish(show)
 
 
-def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=None, mirror=None) -> Run:
+def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, rungs=None) -> Run:
     """A run ready for its next step: data checked and encoded, U-Net with LoRA loaded, checkpoint restored.
 
-    Raises FileNotFoundError, OSError, RuntimeError or ValueError with one sentence for what is missing
-    or wrong, cheapest checks first.
+    `rungs` are ways to compute it (`memory.Rung`), each taking less memory than the one before; without them
+    `memory.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one
+    sentence for what is missing or wrong, cheapest checks first.
     """
     begun, recipe, out = time.time(), recipes.load(recipe), Path(out)
     device = models.device_for(recipe.precision)
@@ -68,9 +70,7 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     unet = models.load_unet(recipe.base, models.DTYPES[recipe.precision], device)
     parameters = lora.inject(unet, recipe.rank, recipe.alpha, recipe.seed)
     checkpoint.enough_disk(out, parameters)
-    if memory.recompute_needed(device, recipe.resolution, recipe.batch):
-        unet.enable_gradient_checkpointing()
-    run = Run(recipe, out, unet, parameters, trained, held, device, sources, mirror)
+    run = Run(recipe, out, unet, parameters, trained, held, device, sources, mirror, rungs)
     run.begun = begun
     for path in sorted(each, key=checkpoint.step_of, reverse=True):
         try:
@@ -84,7 +84,7 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
 class Run:
     """The state of a training run: everything that a step reads or changes."""
 
-    def __init__(self, recipe, out, unet, parameters, trained, held, device, sources=None, mirror=None):
+    def __init__(self, recipe, out, unet, parameters, trained, held, device, sources=None, mirror=None, rungs=None):
         self.recipe, self.out, self.unet, self.parameters = recipe, out, unet, parameters
         self.trained, self.held, self.device = trained, held, device
         self.sources, self.mirror = sources or {}, mirror
@@ -96,6 +96,8 @@ class Run:
         self.begun, self.forecast, self.interrupts = time.time(), session.Forecast(recipe), session.Interrupts()
         self.stepping = False  # inside the optimizer's step, where weights are half changed
         self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
+        self.rungs = list(rungs or [memory.Rung(recipe.batch, lean=False)])  # the first is how it is computed now
+        self.engine = lean.make_engine(unet, parameters, self.rungs[0])
 
     def resume(self, found: Path, show=None) -> None:
         """Goes on from the checkpoint `found`; the mirror's comes into `out` first, with the best one and previews."""
@@ -105,6 +107,7 @@ class Run:
             with contextlib.suppress(OSError):  # what is good to have, but not needed
                 self._fetch_others(found, state["record"]["best_step"])
         checkpoint.restore(self.out / found.name, self.unet, self.optimizer)
+        self.engine.refresh()
         self.step, self.record, self.saved = state["step"], state["record"], state["step"]
         self.scaler.load_state_dict(state["scaler"])
         self._to_mirror(self.out / found.name, show)
@@ -146,6 +149,8 @@ class Run:
                 return
             with self.forecast.timed("update"):
                 loss, norm = self._update_or_save(show)
+            for text in self.engine.news:
+                self._warn_once(text, show)
             self.step += 1
             self.record["losses"].append(loss)
             self.record["seconds"] = earlier + time.time() - self.begun
@@ -190,14 +195,14 @@ class Run:
 
     def _update_or_save(self, show) -> tuple[float, float]:
         try:
-            return self.update()
+            return self.update(show)
         except RuntimeError:  # out of memory, or not finite: what is trained is kept, if it isn't half changed
             if not self.stepping:
                 with contextlib.suppress(OSError):
                     self.save(show)
             raise
 
-    def update(self) -> tuple[float, float]:
+    def update(self, show=None) -> tuple[float, float]:
         """One optimizer step over `batch * accumulation` pictures; returns its mean loss and gradient norm.
 
         If its gradients overflow, the same step is tried again at half the loss scale: a skipped update is no step.
@@ -209,13 +214,14 @@ class Run:
             group["lr"] = self.recipe.learning_rate(self.step)
         scale = self.scaler.state_dict()
         for _ in range(RETRIES):
-            losses = self._accumulate(draw)
+            losses = self._within_memory(functools.partial(self._accumulate, draw), show)
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
             *losses, norm = torch.cat([losses, norm[None]]).tolist()  # the step's one read-back
             if math.isfinite(norm):
                 self.stepping = True
                 self.optimizer.step()
+                self.engine.refresh()
                 self.stepping = False
                 self.scaler.update()
                 return statistics.fmean(losses), norm
@@ -236,17 +242,37 @@ class Run:
             f"done: look at these pictures, or take a lower learning rate from here"
         )
 
+    def _within_memory(self, compute, show):
+        """`compute()`, again one rung further down each time that the GPU's memory runs out."""
+        while True:
+            try:
+                return compute()
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split(". ")[0]
+            held = self.engine.release()  # outside of `except`: there the traceback keeps the failed pass alive
+            memory.free()
+            if held:
+                continue
+            if len(self.rungs) == 1:
+                raise RuntimeError(
+                    f"step {self.step + 1} does not fit in the GPU's memory ({reason}): end other programs that use "
+                    f"the GPU, or take a smaller resolution; what is trained is kept, run it again to go on"
+                )
+            self.rungs.pop(0)
+            self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
+            memory.free()
+            files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0]}")
+
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
         """Gradients of the mean loss over the whole draw, in micro-batches; the losses (E,), on the device."""
-        self.optimizer.zero_grad(set_to_none=True)
-        count, parts, losses = len(draw.indices), step.micro_batches(draw, self.trained.shapes, self.recipe.batch), []
+        self.engine.zero_grad()
+        count, parts, losses = len(draw.indices), step.micro_batches(draw, self.trained.shapes, self.rungs[0].batch), []
         for part in parts:
             self.interrupts.check()
-            with self._autocast():
-                losses.append(step.diffusion_loss(self.unet, **self._inputs(draw, part)))
-            self.scaler.scale(losses[-1].sum() / count).backward()
+            seed = self.scaler.scale(torch.full((len(part),), 1 / count, device=self.device))
+            losses.append(self.engine.accumulate(self._inputs(draw, part), seed))
         order = torch.tensor([place for part in parts for place in part]).argsort()
-        return torch.cat([part.detach() for part in losses])[order.to(self.device)]
+        return torch.cat(losses)[order.to(self.device)]
 
     def _inputs(self, draw: step.Draw, part: list[int]) -> dict[str, torch.Tensor]:
         """What `diffusion_loss` takes, for the pictures at the places `part` of `draw`."""
@@ -260,25 +286,23 @@ class Run:
             "alphas_cumprod": self.alphas_cumprod,
         }
 
-    def _autocast(self):
-        if self.recipe.precision == "fp16":
-            return torch.autocast(self.device.type, dtype=torch.float16)
-        return contextlib.nullcontext()
-
     def _measure(self, show) -> None:
         """Hold-out losses (N, draws) and previews at this step; marks the best step so far."""
         with self.forecast.timed("measure"), self.interrupts.at_once():
             known = self.record["holdout"]
             if len(self.held) and str(self.step) not in known:
-                with self._autocast():
-                    losses = step.holdout_losses(
-                        self.unet, self.held, self.alphas_cumprod, self.device, self.recipe.batch, show=show
-                    )
+                losses = self._within_memory(functools.partial(self._holdout_losses, show), show)
                 known[str(self.step)] = losses.tolist()
             means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in known.items()}
             self.holdout = means.get(self.step)
             self.record["best_step"] = min((k for k in means if k), key=means.get, default=None)
             self._preview(show)
+
+    def _holdout_losses(self, show) -> torch.Tensor:
+        with self.engine.context():
+            return step.holdout_losses(
+                self.unet, self.held, self.alphas_cumprod, self.device, self.rungs[0].batch, show=show
+            )
 
     def _preview(self, show) -> None:
         """Draws the first hold-out captions as the model is now, into `out`/previews; a failure stops no training."""
@@ -287,9 +311,10 @@ class Run:
         paths = [self.out / "previews" / f"step-{self.step:06d}-{k}.jpg" for k in range(count)]
         if all(path.exists() for path in paths):
             return
+        self.engine.release()
         memory.free()
         try:
-            with self._autocast():
+            with self.engine.context():
                 pictures = pipeline.preview(self.unet, self.recipe, prompts.prompts_of(range(count), self.device))
             paths[0].parent.mkdir(exist_ok=True)
             for path, picture in zip(paths, pictures, strict=True):

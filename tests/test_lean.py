@@ -1,0 +1,228 @@
+"""The lean step against the plain one: the same losses and gradients, whatever is kept, stored or recomputed."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from naruto_lora import checkpoint, fused, lean, lora, memory, models, step, train
+
+TOKENS = 45  # not a multiple of what matrix products want
+
+
+def loaded(base, rank=4, alpha=10.0):
+    """The embedded U-Net with a LoRA that is not zero; its parameters."""
+    unet = models.load_unet(base, torch.float32, "cpu")
+    parameters = lora.inject(unet, rank, alpha)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return unet, parameters
+
+
+def inputs(base, batch):
+    generator = torch.Generator().manual_seed(2)
+    latents, noise = torch.randn(2, batch, 4, 16, 8, generator=generator)  # not square
+    return {
+        "latents": latents,
+        "noise": noise,
+        "prompt_embeds": torch.randn(batch, TOKENS, 224, generator=generator),
+        "pooled": torch.randn(batch, 128, generator=generator),
+        "time_ids": torch.tensor([[64.0, 32, 0, 0, 64, 32]] * batch),
+        "timesteps": torch.tensor([10, 500, 900])[:batch],
+        "alphas_cumprod": models.load_alphas_cumprod(base),
+    }
+
+
+def gradients(parameters):
+    return torch.cat([parameter.grad.flatten() for parameter in parameters])
+
+
+def plain(base, batch):
+    unet, parameters = loaded(base)
+    engine = step.Plain(unet, parameters)
+    losses = engine.accumulate(inputs(base, batch), torch.full((batch,), 2.0))
+    return losses, gradients(parameters)
+
+
+def error(value, reference):
+    return float((value - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("recompute", [0, 5, 100])
+def test_its_losses_and_gradients_are_the_plain_steps(base, batch, recompute):
+    losses, expected = plain(base, batch)
+    unet, parameters = loaded(base)
+    engine = lean.Lean(unet, parameters, memory.Rung(batch, recompute=recompute))
+    engine.zero_grad()
+    assert error(engine.accumulate(inputs(base, batch), torch.full((batch,), 2.0)), losses) < 1e-6
+    assert error(gradients(parameters), expected) < 1e-5
+    engine.accumulate(inputs(base, batch), torch.full((batch,), 2.0))
+    assert error(gradients(parameters), 2 * expected) < 1e-5  # they add up
+
+
+def test_recomputing_keeps_less(base):
+    """What autograd holds for the backward pass, counted."""
+
+    def kept(recompute):
+        unet, parameters = loaded(base)
+        lean.Lean(unet, parameters, memory.Rung(2, recompute=recompute))
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            step.diffusion_loss(unet, **inputs(base, 2))
+        return sum(storage.nbytes() for storage in storages.values())
+
+    everything = len(lean.units(loaded(base)[0]))
+    assert kept(0) > kept(everything // 4) > kept(everything // 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_compiled_it_computes_the_same(base, batch):
+    losses, expected = plain(base, batch)
+    unet, parameters = loaded(base)
+    engine = lean.Lean(unet, parameters, memory.Rung(batch, compiled=True))
+    assert error(engine.accumulate(inputs(base, batch), torch.full((batch,), 2.0)), losses) < 1e-6
+    assert error(gradients(parameters), expected) < 1e-5
+
+
+def test_without_gradients_it_draws_as_the_plain_unet(base):
+    unet, parameters = loaded(base)
+    given = inputs(base, 3)
+    with torch.no_grad():
+        expected = step.diffusion_loss(unet, **given)
+        lean.Lean(unet, parameters, memory.Rung(3, recompute=5))
+        assert error(step.diffusion_loss(unet, **given), expected) < 1e-6
+
+
+def test_weights_on_the_host_are_exact_and_fewer_bits_nearly_so(base):
+    losses, expected = plain(base, 3)
+    off = {}
+    for weights in ("host", "int8", "nf4"):
+        unet, parameters = loaded(base)
+        engine = lean.Lean(unet, parameters, memory.Rung(3, weights=weights))
+        off[weights] = error(engine.accumulate(inputs(base, 3), torch.full((3,), 2.0)), losses)
+        block = unet.mid_block.attentions[0].transformer_blocks[0]
+        assert block.ff.net[2].weight.numel() == block.attn1.to_k.base_layer.weight.numel() == 0  # nothing held twice
+    assert off["host"] < 1e-6 < off["int8"] < off["nf4"] < 0.1
+
+
+def test_another_rung_takes_up_what_the_one_before_has_stored(base):
+    losses, expected = plain(base, 3)
+    unet, parameters = loaded(base)
+    for weights in ("resident", "host", "resident"):
+        engine = lean.Lean(unet, parameters, memory.Rung(3, recompute=2, weights=weights))
+        engine.zero_grad()
+        assert error(engine.accumulate(inputs(base, 3), torch.full((3,), 2.0)), losses) < 1e-6
+        assert error(gradients(parameters), expected) < 1e-5
+
+
+def test_a_unet_of_another_kind_is_refused_with_the_layers_name(base):
+    unet, parameters = loaded(base)
+    assert lean.unsupported(unet) is None
+    unet.up_blocks[0].resnets[1].output_scale_factor = 2.0
+    with pytest.raises(ValueError, match="up_blocks.0.resnets.1"):
+        lean.Lean(unet, parameters, memory.Rung(1))
+
+
+def test_lora_elsewhere_is_refused(base):
+    unet, parameters = loaded(base)
+    with pytest.raises(ValueError, match="to_out.0 alone"):
+        lean.Lean(unet, [*parameters, unet.conv_in.weight], memory.Rung(1))
+
+
+def test_softmax_backward_is_autograds():
+    scores = torch.randn(2, 5, 8, dtype=torch.float64).requires_grad_()
+    grad = torch.randn(2, 5, 8, dtype=torch.float64)
+    share = (scores[..., :6] * 0.3).softmax(-1)
+    (share * grad[..., :6]).sum().backward()
+    ours = fused.softmax_backward(scores.detach(), grad, 0.3, 6)
+    torch.testing.assert_close(ours[0][..., :6].float(), share.detach().float())
+    torch.testing.assert_close(ours[1].float(), scores.grad.float())
+    assert not ours[0][..., 6:].any()
+
+
+@pytest.fixture(scope="module")
+def lean_run(plan, cache_folder, tmp_path_factory):
+    """`plan`, trained by the lean step."""
+    folder = tmp_path_factory.mktemp("lean")
+    run = train.begin(plan, folder, cache_folder, rungs=[memory.Rung(plan.batch)])
+    run.to_the_end()
+    return run
+
+
+def test_a_run_of_the_lean_step_learns_what_the_plain_one_does(lean_run, trained):
+    torch.testing.assert_close(
+        torch.tensor(lean_run.record["losses"]), torch.tensor(trained.record["losses"]), rtol=1e-4, atol=0
+    )
+    for step_, losses in trained.record["holdout"].items():
+        torch.testing.assert_close(
+            torch.tensor(lean_run.record["holdout"][step_]), torch.tensor(losses), rtol=1e-3, atol=0
+        )
+
+
+def test_resumed_it_is_unbroken(plan, cache_folder, tmp_path, lean_run):
+    folder = tmp_path / "run"
+    rungs = [memory.Rung(plan.batch)]
+    begun = train.begin(plan, folder, cache_folder, rungs=rungs)
+    for _ in range(2):
+        begun.update()
+        begun.step += 1
+    begun.save()
+    run = train.begin(plan, folder, cache_folder, rungs=rungs)
+    run.to_the_end()
+    files = [checkpoint.find(place)[-1] / lora.FILE for place in (folder, lean_run.out)]
+    assert run.step == plan.steps and files[0].read_bytes() == files[1].read_bytes()
+
+
+def out_of_memory(engine, calls):
+    """The engine's `accumulate`, failing as CUDA does at these calls."""
+    original, count = type(engine).accumulate, iter(range(1, 10**6))
+
+    def accumulate(self, *args):
+        if next(count) in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        return original(self, *args)
+
+    return accumulate
+
+
+def test_out_of_memory_takes_the_next_rung_and_the_run_ends_as_if_nothing_had_been(
+    plan, cache_folder, tmp_path, lean_run, monkeypatch, capsys
+):
+    rungs = [memory.Rung(plan.batch), memory.Rung(plan.batch, recompute=3), memory.Rung(1, recompute=100)]
+    run = train.begin(plan, tmp_path, cache_folder, rungs=rungs)
+    monkeypatch.setattr(lean.Lean, "accumulate", out_of_memory(run.engine, {4, 9}))  # in the second and fourth step
+    run.to_the_end()
+    assert run.step == plan.steps == len(run.record["losses"])
+    assert run.rungs == rungs[2:]
+    said = capsys.readouterr().out
+    assert "memory is full in step 2" in said and "memory is full in step 4" in said
+    torch.testing.assert_close(
+        torch.tensor(run.record["losses"]), torch.tensor(lean_run.record["losses"]), rtol=1e-4, atol=0
+    )
+
+
+def test_without_a_rung_left_one_sentence_says_so_and_what_is_trained_is_kept(
+    plan, cache_folder, tmp_path, monkeypatch
+):
+    run = train.begin(plan, tmp_path, cache_folder, rungs=[memory.Rung(plan.batch)])
+    monkeypatch.setattr(lean.Lean, "accumulate", out_of_memory(run.engine, set(range(5, 100))))
+    with pytest.raises(RuntimeError, match="step 3 does not fit in the GPU's memory .CUDA out of memory.: end other"):
+        run.to_the_end()
+    assert [path.name for path in checkpoint.find(tmp_path)] == ["checkpoint-2"]
+
+
+def test_the_plain_step_recomputes_too(plan, cache_folder, tmp_path, trained):
+    rung = dataclasses.replace(memory.Rung(plan.batch, lean=False), recompute=100)
+    run = train.begin(plan, tmp_path, cache_folder, rungs=[rung])
+    assert run.unet.is_gradient_checkpointing
+    run.to_the_end()
+    assert run.record["losses"] == trained.record["losses"]
