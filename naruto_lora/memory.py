@@ -28,6 +28,12 @@ class Rung:
     compiled: bool = False  # element-wise work fused by torch.compile, channels last
     graphed: bool = False  # a micro-step's kernels recorded and replayed as one CUDA graph
 
+    def say(self) -> str:
+        """In a few words."""
+        words = [f"{self.batch} at once", f"{self.recompute} layers recomputed" if self.recompute else ""]
+        words.append("" if self.weights == "resident" else f"frozen weights: {self.weights}")
+        return ", ".join(word for word in words if word)
+
 
 def recompute_needed(device: torch.device, resolution: int, batch: int) -> bool:
     """Whether activations must be recomputed in the backward pass (gradient checkpointing) to fit this card.
@@ -100,6 +106,14 @@ def reset_peak() -> None:
 def peak_gib() -> float | None:
     """GiB of GPU memory allocated at most since `reset_peak`; None without a GPU."""
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be taken on a GPU: free ones and those in PyTorch's cache, within the process's cap."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    cap = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, cap) + reserved - torch.cuda.memory_allocated(device)
 
 
 def free() -> None:

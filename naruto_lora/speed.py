@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from . import lean, lora, memory, models
+from . import plan as plans
 
 SIDE = 4096  # of the square matrices that are multiplied
 WARM, TIMED = 3, 3  # micro-steps
@@ -60,43 +61,44 @@ def _wait(device) -> None:
         torch.cuda.synchronize()
 
 
-def recipes(plans, show=None) -> list[dict]:
+def steps(recipes, show=None) -> list[dict]:
     """Rows for a table: what each recipe's steps take on this machine, on random inputs.
 
-    Each is measured on the rung that `memory.plan` takes, but not compiled: that would take longer than this may.
+    Each is measured on the rung that `plan.plan` takes, but not compiled: that would take longer than this may.
     The recipes share a base. Raises what loading the U-Net does.
     """
-    plans = list(plans)
-    device = models.device_for(plans[0].precision)
-    chosen = [memory.plan(plan, memory.card(device)).rungs[0] for plan in plans]
-    unet = models.load_unet(plans[0].base, models.DTYPES[plans[0].precision], device)
+    recipes = list(recipes)
+    device = models.device_for(recipes[0].precision)
+    card = memory.Card.here(device)
+    chosen = [plans.plan(recipe, card, 0, lean=device.type == "cuda").rung for recipe in recipes]
+    unet = models.load_unet(recipes[0].base, models.DTYPES[recipes[0].precision], device)
     rows = []
-    for number, (plan, rung) in enumerate(zip(plans, chosen, strict=True)):
-        seconds = _micro_step(unet, plan, rung, device)
-        a_step = seconds * plan.pictures_per_step / rung.batch
+    for number, (recipe, rung) in enumerate(zip(recipes, chosen, strict=True)):
+        seconds = _micro_step(unet, recipe, rung, device)
+        a_step = seconds * recipe.pictures_per_step / rung.batch
         rows.append(
             {
-                "recipe": plan.name,
+                "recipe": recipe.name,
                 "pictures together": rung.batch,
                 "ms": f"{seconds * 1000:,.0f}",
                 "s a step": f"{a_step:.3g}",
-                "minutes in all": f"{a_step * plan.steps / 60:,.0f}",
+                "minutes in all": f"{a_step * recipe.steps / 60:,.0f}",
                 "GiB": "-" if device.type == "cpu" else f"{memory.peak_gib():.1f}",
             }
         )
         unet.delete_adapters("default")
         if show:
-            show("measuring", number + 1, len(plans))
+            show("measuring", number + 1, len(recipes))
     return rows
 
 
-def _micro_step(unet, plan, rung, device) -> float:
-    """Seconds of one micro-step of `plan` as `rung` says, on random inputs."""
+def _micro_step(unet, recipe, rung, device) -> float:
+    """Seconds of one micro-step of `recipe` as `rung` says, on random inputs."""
     memory.reset_peak()
-    parameters = lora.inject(unet, plan.rank, plan.alpha)
+    parameters = lora.inject(unet, recipe.rank, recipe.alpha)
     engine = lean.make_engine(unet, parameters, rung)
-    inputs = random_inputs(unet, rung.batch, plan.resolution // models.pixels_a_latent(plan.base, plan.vae), device)
-    inputs["alphas_cumprod"] = models.load_alphas_cumprod(plan.base).to(device)
+    inputs = random_inputs(unet, rung.batch, recipe.resolution // models.pixels_a_latent(recipe.base, recipe.vae), device)
+    inputs["alphas_cumprod"] = models.load_alphas_cumprod(recipe.base).to(device)
     seed = torch.ones(rung.batch, device=device)
     for _ in range(WARM):
         engine.accumulate(inputs, seed)

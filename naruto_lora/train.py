@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import cache, checkpoint, data, files, lean, lora, memory, models, pipeline, session, step
+from . import plan as plans
 from . import recipe as recipes
 from .progress import Progress
 
@@ -46,7 +47,7 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
     """A run ready for its next step: data checked and encoded, U-Net with LoRA loaded, checkpoint restored.
 
     `rungs` are ways to compute it (`memory.Rung`), each taking less memory than the one before; without them
-    `memory.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one
+    `plan.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one
     sentence for what is missing or wrong, cheapest checks first.
     """
     begun, recipe, out = time.time(), recipes.load(recipe), Path(out)
@@ -60,6 +61,9 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
     sources = sources_of(recipe, examples, held)
     for path in each:  # the older one too: another run's checkpoints would be rotated away
         refuse_changes(recipe, sources, checkpoint.read_state(path), path.parent)
+    if rungs is None:
+        done = max((checkpoint.step_of(path) for path in each), default=0)
+        rungs = _rungs(recipe, device, recipe.steps - done, show)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
     copies = mirror and mirror.parent / "cache"
     encoded = cache.encode(examples + held, recipe, folder, show, copies, held=len(held))
@@ -70,6 +74,9 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
     unet = models.load_unet(recipe.base, models.DTYPES[recipe.precision], device)
     parameters = lora.inject(unet, recipe.rank, recipe.alpha, recipe.seed)
     checkpoint.enough_disk(out, parameters)
+    if rungs[0].lean and (reason := lean.unsupported(unet)):
+        files.tell(show, f"the plain step, not the lean one: {reason}")
+        rungs = _rungs(recipe, device, 0, show, fast=False)
     run = Run(recipe, out, unet, parameters, trained, held, device, sources, mirror, rungs)
     run.begun = begun
     for path in sorted(each, key=checkpoint.step_of, reverse=True):
@@ -79,6 +86,15 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
         except OSError as error:  # a mirror that can't be read after all
             files.tell(show, f"{path} can't be copied ({error.strerror or error})")
     return run
+
+
+def _rungs(recipe, device, steps_left: int, show, fast: bool = True) -> list[memory.Rung]:
+    """The ways to compute `recipe` on this machine, the chosen one first; says which. On a CPU the plain step."""
+    fast = fast and device.type == "cuda"
+    made = plans.plan(recipe, memory.Card.here(device), steps_left, lean=fast)
+    if device.type == "cuda":
+        files.tell(show, made.sentence())
+    return made.rungs
 
 
 class Run:
@@ -96,7 +112,7 @@ class Run:
         self.begun, self.forecast, self.interrupts = time.time(), session.Forecast(recipe), session.Interrupts()
         self.stepping = False  # inside the optimizer's step, where weights are half changed
         self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
-        self.rungs = list(rungs or [memory.Rung(recipe.batch, lean=False)])  # the first is how it is computed now
+        self.rungs = list(rungs or [memory.Rung(recipe.batch, lean=False)])  # the first is in use
         self.engine = lean.make_engine(unet, parameters, self.rungs[0])
 
     def resume(self, found: Path, show=None) -> None:
@@ -261,7 +277,7 @@ class Run:
             self.rungs.pop(0)
             self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
             memory.free()
-            files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0]}")
+            files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0].say()}")
 
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
         """Gradients of the mean loss over the whole draw, in micro-batches; the losses (E,), on the device."""

@@ -19,14 +19,14 @@ from naruto_lora.tiny import BASE, world
 class Taker:
     """Takes memory once the run is half-way, and writes down what the run tells."""
 
-    def __init__(self, at: int, left: float):
-        self.at, self.left, self.held, self.told, self.run = at, left, None, [], None
+    def __init__(self, at: int, left: float, cap: float):
+        self.at, self.left, self.cap, self.held, self.told, self.run = at, left, cap, None, [], None
 
     def __call__(self, phase, done, total, **_):
         if phase == "training" and done == self.at and self.held is None:
             self.run.engine.release()
             memory.free()
-            free = memory.card(self.run.device).free - torch.cuda.memory_allocated()
+            free = self.cap - torch.cuda.memory_allocated()
             self.held = torch.empty(int(free - self.left * memory.GIB), dtype=torch.uint8, device="cuda")
 
     def note(self, text):
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def once(args, plan, disturbed: bool) -> dict:
-    taker = Taker(args.steps // 2 if disturbed else -1, args.left)
+    taker = Taker(args.steps // 2 if disturbed else -1, args.left, args.cap * memory.GIB)
     run = taker.run = train.begin(plan, args.out / str(disturbed), args.out / "cache", show=taker)
     before = run.rungs[0]
     run.to_the_end(taker)
