@@ -12,9 +12,6 @@ import torch
 
 GIB = 2**30
 CONTEXT = 0.45 * GIB  # of the card: the CUDA driver's own and the kernels' code, outside of torch's allocator
-# Full-size SDXL, rank 16, fp16 under autocast, 1024 px batch 1: peak measured on an H200 (README, 'Full size')
-PEAK_WITHOUT_RECOMPUTE = 12.4 * GIB
-WEIGHTS = 4.8 * GIB
 
 
 @dataclass(frozen=True)
@@ -33,19 +30,6 @@ class Rung:
         words = [f"{self.batch} at once", f"{self.recompute} layers recomputed" if self.recompute else ""]
         words.append("" if self.weights == "resident" else f"frozen weights: {self.weights}")
         return ", ".join(word for word in words if word)
-
-
-def recompute_needed(device: torch.device, resolution: int, batch: int) -> bool:
-    """Whether activations must be recomputed in the backward pass (gradient checkpointing) to fit this card.
-
-    Saves 5-7 GiB on full-size SDXL and costs a third more time. Activations grow with the pixels of a
-    micro-batch; a tenth of the card is left for other things.
-    """
-    if device.type != "cuda":
-        return False
-    share = max(1.0, batch * resolution**2 / 1024**2)
-    peak = WEIGHTS + (PEAK_WITHOUT_RECOMPUTE - WEIGHTS) * share
-    return peak > 0.9 * torch.cuda.get_device_properties(device).total_memory
 
 
 @dataclass(frozen=True)
@@ -75,12 +59,9 @@ class Card:
         host, cores = _host_free(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if device.type != "cuda":
             return Card("CPU", host, host_free=host, cores=cores or 1)
-        free, total = torch.cuda.mem_get_info(device)
-        cap = torch.cuda.get_per_process_memory_fraction(device) * total
-        free = min(free + torch.cuda.memory_reserved(device), cap) - torch.cuda.memory_allocated(device)
         about, triton = torch.cuda.get_device_properties(device), importlib.util.find_spec("triton") is not None
         sm = about.major * 10 + about.minor
-        return Card(about.name, free, sm, about.multi_processor_count, host, triton, cores or 1)
+        return Card(about.name, available(device), sm, about.multi_processor_count, host, triton, cores or 1)
 
 
 def expandable() -> None:

@@ -137,7 +137,7 @@ def ladder(recipe, card: Card, limit: float, lean: bool = True) -> list[Row]:
     def row(what: str, gives_up: str, **settings) -> Row:
         return _row(what, gives_up, Rung(lean=lean, **settings), recipe, card)
 
-    units, batch = predict.shape(recipe.base, recipe.resolution).units, recipe.batch
+    units, batch = predict.shape_of(recipe).units, recipe.batch
     whole = row("nothing recomputed", "nothing", batch=batch)
     rows = [*_larger(row, whole, recipe, limit), whole]
     less = min(limit, STEP_DOWN * whole.parts.reserved)
@@ -205,7 +205,7 @@ def _divisors(count: int) -> list[int]:
 def _row(what: str, gives_up: str, rung: Rung, recipe, card: Card) -> Row:
     many = recipe.buckets and rung.batch > 1  # shapes of micro-batches, a graph for each
     rung = replace(rung, graphed=card.cuda and rung.lean and rung.weights != "host" and not many)
-    shape = predict.shape(recipe.base, recipe.resolution)
+    shape = predict.shape_of(recipe)
     size = models.DTYPES[recipe.precision].itemsize
     host = PINNED * shape.linear * size if rung.weights == "host" else 0
     return Row(what, gives_up, rung, predict.predict(shape, rung, recipe, card.cuda), seconds(rung, recipe, card), host)
@@ -220,7 +220,7 @@ def break_even(rung: Rung, recipe, card: Card) -> tuple[float, float]:
 
 def seconds(rung: Rung, recipe, card: Card) -> float:
     """Of a step, modelled."""
-    shape, size = predict.shape(recipe.base, recipe.resolution), models.DTYPES[recipe.precision].itemsize
+    shape, size = predict.shape_of(recipe), models.DTYPES[recipe.precision].itemsize
     speed = _speed(card)
     work = picture_seconds(shape, rung.recompute, recipe.rank, size) * (1 if rung.lean else 1.3) / speed
     work *= rung.batch * (COMPILED if rung.compiled else 1)

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from naruto_lora import lean, lora, memory, models, predict, step
 
-RANK, SIDE, FP32 = 4, 64, 4
+RANK, SIDE, FP32 = 4, 8, 4
 
 
 class Live(TorchDispatchMode):
@@ -49,7 +49,7 @@ def id_of(tensor):
 
 
 def inputs(unet, batch: int) -> dict:
-    latents = torch.randn(batch, 4, SIDE // 8, SIDE // 8)
+    latents = torch.randn(batch, 4, SIDE, SIDE)
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     return {
         "latents": latents,
