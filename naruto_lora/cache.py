@@ -61,7 +61,7 @@ class Cache:
             "pooled": pooled * kept[:, None],  # (B, P)
             "time_ids": self._stack(pictures, "time_ids"),  # (B, 6)
         }
-        return {name: value.to(device) for name, value in batch.items()}
+        return {name: memory.send(value, device) for name, value in batch.items()}
 
     def prompts_of(self, indices, device) -> dict[str, torch.Tensor]:
         """prompt_embeds (B, L, D) and pooled (B, P) of `indices`, on `device`."""

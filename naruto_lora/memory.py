@@ -1,4 +1,4 @@
-"""Memory: what to give up for it, how much is free, and giving it back."""
+"""Memory: what can be given up for it, how much is free, and giving it back."""
 
 from __future__ import annotations
 
@@ -69,6 +69,13 @@ def expandable() -> None:
     if not torch.cuda.is_available() or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
         return
     torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`; to a GPU from pinned memory, so that nobody waits for what it is still doing."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _host_free() -> float:

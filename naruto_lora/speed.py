@@ -97,7 +97,8 @@ def _micro_step(unet, recipe, rung, device) -> float:
     memory.reset_peak()
     parameters = lora.inject(unet, recipe.rank, recipe.alpha)
     engine = lean.make_engine(unet, parameters, rung)
-    inputs = random_inputs(unet, rung.batch, recipe.resolution // models.pixels_a_latent(recipe.base, recipe.vae), device)
+    side = recipe.resolution // models.pixels_a_latent(recipe.base, recipe.vae)
+    inputs = random_inputs(unet, rung.batch, side, device)
     inputs["alphas_cumprod"] = models.load_alphas_cumprod(recipe.base).to(device)
     seed = torch.ones(rung.batch, device=device)
     for _ in range(WARM):

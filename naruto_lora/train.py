@@ -299,8 +299,8 @@ class Run:
             draw.indices[part], latent_noise, draw.dropped[part], draw.flipped[part], self.device
         )
         return inputs | {
-            "timesteps": draw.timesteps[part].to(self.device),
-            "noise": torch.stack([draw.noise[k] for k in part]).to(self.device),
+            "timesteps": memory.send(draw.timesteps[part], self.device),
+            "noise": memory.send(torch.stack([draw.noise[k] for k in part]), self.device),
             "alphas_cumprod": self.alphas_cumprod,
         }
 

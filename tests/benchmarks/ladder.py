@@ -22,6 +22,7 @@ COLUMNS = {  # heading: field, format; 'x stock' is the share of the stock scrip
     "of stock ": ("t4_ms", "share"),
     "GiB allocated": ("allocated_gib", "{:.1f}"),
     "reserved": ("reserved_gib", "{:.1f}"),
+    "ready after": ("ready_s", "{:.0f} s"),
     "loss − fp32's": ("loss_error", "{:.1e}"),
     "gradient error": ("grad_error", "{:.1e}"),
     "commit": ("commit", "{}"),

@@ -25,6 +25,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -36,7 +37,7 @@ import script
 import torch
 from measure import OWN, T4_LIKE
 
-from naruto_lora import cache, lora, memory, models, recipe, report, step, train
+from naruto_lora import cache, data, lora, memory, models, recipe, report, step, train
 from naruto_lora.tiny import BASE, world
 
 PICTURES = 96  # one update of naruto-256: the script cuts an accumulation short where an epoch ends
@@ -322,16 +323,25 @@ def gradients(run: train.Run, draw: step.Draw, weights: dict[str, torch.Tensor])
     return flat
 
 
+UPDATES = {  # name: attention, rung; the first two differ by their kernels alone
+    "plain": (T4_LIKE, PLAIN), "plain on other kernels": (OWN, PLAIN), "lean": (T4_LIKE, {}), "fast": (OWN, FAST),
+}  # fmt: skip
+
+
 def thirty(options) -> None:
     """The losses of the first updates: twice by the plain step, on different kernels, and by the lean one."""
+    prepare(options)
     for name in options.recipes:
         folder = options.out / "thirty" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        cache.encode(*_examples(options, name))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        plan = recipe_of(options, name)
+        cache.encode(data.load(plan.dataset), plan, options.out / "cache")  # once, not in each worker
         workers = {row: start(options, "updates", name, row) for row in UPDATES}
         for row, worker in workers.items():
             if worker.wait():
-                print(f"{name}: '{row}' failed", flush=True)
+                log = (options.out / f"updates-{name}-{row}.log").read_text(errors="replace")
+                print(f"{name}: '{row}' failed: {log[-1000:]}", flush=True)
         losses = {row: report.read_json(folder / f"{row}.json") for row in UPDATES if (folder / f"{row}.json").exists()}
         if "plain" not in losses:
             continue
@@ -342,18 +352,6 @@ def thirty(options) -> None:
         figures |= {"greatest difference from plain": apart, "commit": options.commit} | measure.machine()
         report.write_json(options.out / "results" / f"{name}.thirty.json", figures)
         print(name, json.dumps(figures), flush=True)
-
-
-UPDATES = {  # name: attention, rung; the first two differ by their kernels alone
-    "plain": (T4_LIKE, PLAIN), "plain on other kernels": (OWN, PLAIN), "lean": (T4_LIKE, {}), "fast": (OWN, FAST),
-}  # fmt: skip
-
-
-def _examples(options, name: str):
-    from naruto_lora import data
-
-    plan = recipe_of(options, name)
-    return data.load(plan.dataset), plan, options.out / "cache"
 
 
 def updates(options, name: str) -> None:
