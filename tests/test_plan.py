@@ -59,6 +59,7 @@ def test_each_step_down_takes_less_until_there_is_none(named, name, gib, process
     taken = [made.chosen.parts.reserved for made in plans]
     assert len(plans) > 3 and all(b < a for a, b in zip(taken, taken[1:], strict=False))
     assert plans[-1].rung.weights == "host"  # exact to the end
+    assert plans[0].rungs == [made.rung for made in plans]
     assert all(of.pictures_per_step % made.rung.batch == 0 for made in plans)
 
 

@@ -119,7 +119,8 @@ def start(row: dict, out: Path, base: Path) -> subprocess.Popen:
 
 def finish(row: dict, process: subprocess.Popen) -> None:
     lines = process.communicate()[0].strip().splitlines() or ["nothing"]
-    found = json.loads(lines[-1]) if process.returncode == 0 else {"failed": lines[-1][:200]}
+    result = [line for line in lines if line.startswith("{")]
+    found = json.loads(result[-1]) if process.returncode == 0 and result else {"failed": lines[-1][:200]}
     row.update(found)
     print(row["recipe"], row["rung"], row["cap"], f"{row['predicted']:.2f}", found, flush=True)
 
