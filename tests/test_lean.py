@@ -1,6 +1,7 @@
 """The lean step against the plain one: the same losses and gradients, whatever is kept, stored or recomputed."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -200,6 +201,16 @@ def test_out_of_memory_takes_the_next_rung_and_the_run_ends_as_if_nothing_had_be
     rungs = [memory.Rung(plan.batch), memory.Rung(plan.batch, recompute=3), memory.Rung(1, recompute=100)]
     run = train.begin(plan, tmp_path, cache_folder, rungs=rungs)
     monkeypatch.setattr(lean.Lean, "accumulate", out_of_memory(run.engine, {4, 9}))  # in the second and fourth step
+    before, make = weakref.ref(run.engine), lean.make_engine
+
+    def alone(*args):
+        nonlocal before
+        assert before() is None  # two engines would hold the weights twice
+        engine = make(*args)
+        before = weakref.ref(engine)
+        return engine
+
+    monkeypatch.setattr(lean, "make_engine", alone)
     run.to_the_end()
     assert run.step == plan.steps == len(run.record["losses"])
     assert run.rungs == rungs[2:]
