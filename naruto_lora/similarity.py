@@ -80,16 +80,21 @@ def _jackknife(value: float, *left_out: np.ndarray) -> Figure:
 
 
 def drift(base, adapted) -> Figure:
-    """How far the pictures (P, S, D) of the same prompts and seeds have moved from the base's, S >= 2.
+    """How far pictures have moved from the base's: the mean of `moved`."""
+    return mean(moved(base, adapted))
 
-    In units of the base's own spread: 0 is the same picture, 1 as far as another seed's picture of that prompt.
+
+def moved(base, adapted) -> np.ndarray:
+    """(P,) how far the pictures (P, S, D) of the same prompts and seeds have moved from the base's, S >= 2.
+
+    In units of the base's own spread: 0 is the same picture, 1 as far as another seed's picture of such a prompt.
     """
     base, adapted = np.asarray(base, float), np.asarray(adapted, float)
-    moved = (1 - (base * adapted).sum(-1)).mean(axis=1)  # (P,) cosine distance
+    distance = (1 - (base * adapted).sum(-1)).mean(axis=1)  # (P,) of cosines
     spread = _spread(base).mean()
     if spread < 1e-9:
         raise ValueError("the base draws the same picture for every seed, so drift has no unit; take other prompts")
-    return mean(moved / spread)
+    return distance / spread
 
 
 def diversity(pictures) -> Figure:

@@ -41,7 +41,7 @@ class PromptComparer:
     # what can be chosen
 
     def _make_settings(self) -> list:
-        from .pipeline import SCHEDULERS
+        from .pipeline import LCM, SCHEDULERS, WITH_LCM
 
         wide, number = widgets.Layout(width=WIDE), widgets.Layout(width="11rem")
         label = {"style": {"description_width": "5.5rem"}}
@@ -56,8 +56,11 @@ class PromptComparer:
         self.guidance = widgets.BoundedFloatText(
             self.look["guidance_scale"], min=GUIDANCE[0], max=GUIDANCE[1], step=0.5, description="guidance",
             layout=number, **label)
-        self.scheduler = widgets.Dropdown(options=list(SCHEDULERS), value=self.look["scheduler"],
-                                          description="scheduler", layout=widgets.Layout(width="14rem"), **label)
+        with_lcm = LCM in getattr(getattr(self.pipe, "unet", None), "peft_config", {})
+        self.scheduler = widgets.Dropdown(
+            options=list(WITH_LCM if with_lcm else SCHEDULERS), value=self.look["scheduler"], description="scheduler",
+            layout=widgets.Layout(width="14rem"), **label)
+        self.scheduler.observe(self._suit_lcm, "value")
         self.chosen = {name: widgets.Checkbox(True, description=name, indent=False,
                                               layout=widgets.Layout(width="11rem")) for name in self.models}
         self.scales = {
@@ -87,6 +90,15 @@ class PromptComparer:
         self.next_prompt = button("same seed, new prompt", self._with_next_prompt)
         self.progress = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=widgets.Layout(width="14rem"))
         return [row(self.generate, self.stop, self.next_seed, self.next_prompt), row(self.progress, self.status)]
+
+    def _suit_lcm(self, change) -> None:
+        """LCM draws in few steps, without guidance; back from it come the settings of before."""
+        if change["new"] == "lcm":
+            self.before_lcm = self.steps.value, self.guidance.value
+            self.steps.value, self.guidance.value = 4, 1.0
+        elif change["old"] == "lcm":
+            self.steps.value, self.guidance.value = self.before_lcm
+        self._check()
 
     def _suggest(self, change) -> None:
         if change["new"] >= 0:
@@ -119,6 +131,7 @@ class PromptComparer:
         for part in (self.prompt, self.suggestion, self.seed, self.steps, self.guidance, self.scheduler,
                      *self.chosen.values()):
             part.disabled = self.running
+        self.guidance.disabled = self.running or self.scheduler.value == "lcm"
         if not self.running and (reason or self.status.value == self.reason):
             self._say(reason)
             self.reason = self.status.value
@@ -179,20 +192,22 @@ class PromptComparer:
                 return
 
             def show(phase: str, done: int, total: int, k=k, label=label, **_) -> None:
-                self._advance((k + done / max(1, total)) / len(chosen), label, begun)
+                what = f"{label} ({k + 1} of {len(chosen)}), step {done} of {total}"
+                self._advance((k + done / max(1, total)) / len(chosen), what, begun)
 
-            show("", 0, 1)
-            found = self.draw(self.pipe, [settings["prompt"]], [settings["seed"]], adapter, scale, show=show,
+            show("", 0, settings["steps"])
+            weights = {adapter: scale} | ({"lcm": 1.0} if settings["scheduler"] == "lcm" else {})
+            found = self.draw(self.pipe, [settings["prompt"]], [settings["seed"]], weights, show=show,
                               stop=self.stopping.is_set, **options, **more)
             if found and not self.stopping.is_set():
                 drawn[_label(label, scale)] = found[0]
                 self.viewer.show(drawn, settings["prompt"])
 
-    def _advance(self, share: float, label: str, begun: float) -> None:
+    def _advance(self, share: float, what: str, begun: float) -> None:
         self.progress.value = max(self.progress.value, share)  # a picture's own end isn't told as a step back
         left = (time.time() - begun) * (1 - share) / share if share > 0.02 else None
         if not self.stopping.is_set():
-            self._say(f"drawing {label}" + (f", {duration(left)} left" if left is not None else " ..."))
+            self._say(f"drawing {what}" + (f", {duration(left)} left" if left is not None else " ..."))
 
     def _keep(self, settings: dict, chosen: list, drawn: dict, seconds: float) -> None:
         used = {_label(label, scale): [adapter, scale] for label, adapter, scale in chosen}

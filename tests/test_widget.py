@@ -23,7 +23,8 @@ class Draw:
         self.calls, self.go, self.at, self.error = [], threading.Event(), threading.Event(), None
         self.go.set()
 
-    def __call__(self, pipe, prompts, seeds, adapter, scale, show, stop, steps, **options):
+    def __call__(self, pipe, prompts, seeds, weights, show, stop, steps, **options):
+        adapter, scale = next(iter(weights.items()))
         self.calls.append((prompts[0], seeds[0], adapter, scale, steps, options))
         if self.error:
             raise self.error

@@ -1,0 +1,109 @@
+"""Base and adapters on the same prompts and seeds: what is drawn to measure on, and the figures from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from . import data, gallery, metrics, pipeline, similarity
+from .encoders import Encoder
+
+UNRELATED = (  # prompts that no style's data set is about
+    "a lighthouse on a rocky coast at sunset",
+    "a bowl of oranges on a wooden table",
+    "a red bicycle leaning against a brick wall",
+    "a snowy mountain behind a lake",
+    "a street market in the rain",
+    "an old steam locomotive at a station",
+    "a sleeping cat on a window sill",
+    "a glass skyscraper seen from below",
+)
+PORTION = 64  # pictures of the data set that are in memory at once
+
+
+def draw(pipe, models: dict[str, str], prompts: list[str], seeds: list[int], folder: str | Path, **look) -> dict:
+    """{label: pictures}, each prompt with each seed, for `models` {label: adapter}; from `folder` what is there."""
+    texts, numbers = pipeline.cross(prompts, seeds)
+    drawn = {}
+    for label, adapter in models.items():
+        paths = gallery.draw_to(folder, pipe, texts, numbers, adapter, **look)
+        drawn[label] = [_opened(path) for path in paths]
+    return drawn
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+def embed(encoder: Encoder, drawn: dict[str, list], seeds: int) -> dict[str, np.ndarray]:
+    """{label: (P, S, D)} of what `draw` gave."""
+    parts = {label: encoder.embed(pictures) for label, pictures in drawn.items()}
+    return {label: part.reshape(-1, seeds, part.shape[-1]) for label, part in parts.items()}
+
+
+def real(encoder: Encoder, examples: list[data.Example], resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (N, D) and hashes (N, 64) of the data set's pictures, cropped as for training; a few in memory."""
+    embedded, hashes = [], []
+    for start in range(0, len(examples), PORTION):
+        pictures = [data.crop(e.image(), resolution)[0] for e in examples[start : start + PORTION]]
+        embedded.append(encoder.embed(pictures))
+        hashes.append(similarity.dhash(pictures))
+    return np.concatenate(embedded), np.concatenate(hashes)
+
+
+class Comparison:
+    """Figures of each model, and of each change from one model to another, in pairs by prompt."""
+
+    def __init__(self, models: Iterable[str]):
+        self.models = list(models)  # labels, the base's first
+        self.figures: dict[str, dict] = {label: {} for label in self.models}
+        self.changes: dict[tuple[str, str], dict] = {
+            (a, b): {} for k, a in enumerate(self.models) for b in self.models[k + 1 :]
+        }
+
+    def add(self, name: str, values: dict[str, np.ndarray], mean=metrics.mean) -> None:
+        """A figure that is a mean of one value a picture or prompt, {label: (N,)}."""
+        for label in self.models:
+            self.figures[label][name] = mean(values[label])
+        for a, b in self.changes:
+            self.changes[a, b][name] = metrics.paired(values[a], values[b])
+
+    def add_pictures(self, encoder: Encoder, drawn: dict, prompts: list[str], seeds: list[int], held) -> None:
+        """Prompt fit, style distance to the real pictures' embeddings `held` (M, D), and diversity of `draw`'s."""
+        seen, texts = embed(encoder, drawn, len(seeds)), pipeline.cross(prompts, seeds)[0]
+        fits = {k: encoder.fit(pictures, texts).reshape(len(prompts), -1).mean(1) for k, pictures in drawn.items()}
+        self.add("prompt_fit", fits)
+        for label in self.models:
+            self.figures[label]["style_distance"] = similarity.cmmd(seen[label], held)
+        for a, b in self.changes:
+            self.changes[a, b]["style_distance"] = similarity.cmmd_change(seen[a], seen[b], held)
+        if len(seeds) > 1:
+            for label in self.models:
+                self.figures[label]["diversity"] = similarity.diversity(seen[label])
+            for a, b in self.changes:
+                self.changes[a, b]["diversity"] = similarity.diversity_change(seen[a], seen[b])
+
+    def add_drift(self, encoder: Encoder, drawn: dict, seeds: list[int]) -> None:
+        """How far each adapter moves `drawn`, pictures of unrelated prompts with two seeds or more."""
+        seen = embed(encoder, drawn, len(seeds))
+        moved = {label: similarity.moved(seen[self.models[0]], seen[label]) for label in self.models[1:]}
+        for label, values in moved.items():
+            self.figures[label]["drift"] = metrics.mean(values)
+        for a, b in self.changes:
+            if a in moved:
+                self.changes[a, b]["drift"] = metrics.paired(moved[a], moved[b])
+
+    def add_copying(self, encoder: Encoder, drawn: dict, training: tuple, held: tuple) -> None:
+        """Whether pictures drawn from training captions are training pictures; the sets as `real` gives them."""
+        for label in self.models:
+            hashes = similarity.dhash(drawn[label]), training[1], held[1]
+            found = similarity.copying(encoder.embed(drawn[label]), training[0], held[0], hashes)
+            self.figures[label]["copying"] = found
+
+    def as_json(self) -> dict:
+        """{"models": ..., "changes": ...} for `report.write_json`."""
+        return {"models": self.figures, "changes": {f"{a} -> {b}": found for (a, b), found in self.changes.items()}}
