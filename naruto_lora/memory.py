@@ -37,6 +37,14 @@ def peak_gib() -> float | None:
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
 
 
+def available(device: torch.device) -> int:
+    """Bytes that can still be taken on a GPU: free ones and those in PyTorch's cache, within the process's cap."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    cap = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, cap) + reserved - torch.cuda.memory_allocated(device)
+
+
 def free() -> None:
     """Gives memory back after the last reference is gone: garbage, a kept traceback's tensors, CUDA's cache."""
     for name in ("last_traceback", "last_value", "last_exc"):
