@@ -39,7 +39,7 @@ class Album:
         name = hashlib.sha256(content.encode()).hexdigest()[:12]
         pictures = {label: f"{name}-{k}.png" for k, label in enumerate(drawn)}
         for label, picture in drawn.items():
-            files.replace(self.folder / pictures[label], lambda path, p=picture: _save(p, path))
+            _save(picture, self.folder / pictures[label])
         if name not in self.sets:
             row = {"id": name} | settings | {"pictures": pictures}
             append_line(self.folder / "sets.jsonl", row)
@@ -58,13 +58,13 @@ class Album:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    from PIL.PngImagePlugin import PngInfo
+    """As a PNG, with what it was drawn from inside if it says so (`pipeline.draw`'s do)."""
+    if "drawn" in picture.info:
+        from . import gallery
 
-    info = PngInfo()
-    for key, value in picture.info.items():
-        if isinstance(value, str):
-            info.add_itxt(key, value)
-    picture.save(path, "PNG", pnginfo=info)
+        gallery.save(picture, path)
+    else:
+        files.replace(path, lambda temporary: picture.save(temporary, "PNG"))
 
 
 def read_lines(file: Path) -> list[dict]:

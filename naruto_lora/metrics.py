@@ -80,15 +80,21 @@ def holdout_losses(pipe, cache, adapter: str) -> np.ndarray:
     return step.holdout_losses(pipe.unet, cache, alphas_cumprod, pipe.device, batch=8).mean(dim=1).numpy()
 
 
-def judged(judge: str, pictures: list, prompts: list[dict]) -> dict[str, Figure]:
-    """Percent of `attributes` right and of pictures in `style`, by the judge in the module named `judge`.
+def scores(judge: str, pictures: list, prompts: list[dict]) -> dict:
+    """What the judge in the module named `judge` says of each picture, where the truth about its prompt is known.
 
-    The module has `score(pictures, prompts) -> {"attributes": (N,) shares, "style": (N,) 0 or 1}`; each prompt
-    is {"text": ..., "attributes": {...}}. Raises ValueError for a module without `score`.
+    The module has `score(pictures, prompts) -> {"attributes": (N,) shares right, "style": (N,) 0 or 1}`, and if it can
+    "legible": {attribute: (N,) 0 or 1}; each prompt is {"text": ..., "attributes": {...}}. Raises ValueError for a
+    module without `score`.
     """
     try:
         score = importlib.import_module(judge).score
     except (ImportError, AttributeError):
         raise ValueError(f"the judge '{judge}' must be a module with score(pictures, prompts)") from None
-    scores = score(pictures, prompts)
-    return {"attributes": mean(100 * np.asarray(scores["attributes"])), "style": share(scores["style"])}
+    return score(pictures, prompts)
+
+
+def judged(judge: str, pictures: list, prompts: list[dict]) -> dict[str, Figure]:
+    """Percent of `attributes` right and of pictures in `style`, by `scores`."""
+    found = scores(judge, pictures, prompts)
+    return {"attributes": mean(100 * np.asarray(found["attributes"])), "style": share(found["style"])}

@@ -207,6 +207,12 @@ def previews(folder: str | Path) -> dict[int, list]:
     return {step: [picture for _, picture in sorted(found[step].items())] for step in sorted(found)}
 
 
+def record_of(folder: str | Path) -> dict | None:
+    """The record (run.json) of the run in `folder`; None if there is none."""
+    file = Path(folder) / "run.json"
+    return read_json(file) if file.is_file() else None
+
+
 def table(rows: list[dict]):
     """Rows of one shape as a small HTML table (with plain text beside it) that a notebook displays."""
     return _Table(rows)

@@ -14,7 +14,6 @@ import numpy as np
 from .metrics import Figure, mean, student
 
 SIGMA, SCALE = 10.0, 1000.0  # CMMD's kernel width, and the factor that makes its values readable
-NEIGHBOURS = 50  # training pictures that the nearest one is held against
 CHANCE = 0.01  # copying is told if chance alone would show as much more seldom
 
 
@@ -119,51 +118,66 @@ def _spread(pictures: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Copying:
-    """How near generated pictures come to training pictures, by embedding and by perceptual hash."""
+    """How near pictures of training captions come to those captions' own training pictures."""
 
-    n: int  # generated pictures
-    near: int  # of them nearer to a training picture than any hold-out picture is, by embedding
-    near_hash: int  # the same by hash
+    n: int  # training captions drawn
+    near: int  # of them nearer to their picture than any hold-out caption comes to its own, by embedding
+    near_hash: int  # the same by perceptual hash
     chance: float  # the probability of as many by chance, the smaller of the two, doubled
-    pairs: list[tuple[int, int, float, int]]  # (generated, training, relative distance, hash bits), nearest first
+    pairs: list[tuple[int, int, float]]  # (place of the generated picture, of its nearest training picture, distance)
 
     @property
     def flagged(self) -> bool:
         return self.chance < CHANCE
 
     def __str__(self) -> str:
-        return f"{self.near} and {self.near_hash} of {self.n} nearer than any hold-out (chance: {self.chance:.2g})"
+        return f"{max(self.near, self.near_hash)} of {self.n} (p = {self.chance:.2g})"
 
 
-def copying(generated, training, holdout, hashes: tuple | None = None) -> Copying:
-    """Whether `generated` (N, D) come nearer to `training` (M, D) than pictures of the same kind, `holdout` (H, D).
+def copying(generated, training, control, holdout, hashes: tuple | None = None) -> Copying:
+    """Whether pictures of training captions, `generated` (P, S, D), are those captions' pictures learnt by heart.
 
-    A distance counts in relation to the next nearest training pictures' (Carlini et al. 2023, arXiv 2301.13188),
-    so that a model whose pictures are all much alike isn't taken for a copyist. `hashes` are the three sets'
-    `dhash`es. Were the generated pictures as any others, the smallest distances would be spread over both by chance.
+    `training` (M, D) and `holdout` (H, D) are real pictures, their first ones those of the captions drawn. `control`
+    (Q, S, D) is drawn from hold-out captions: a caption alone brings a picture near to its own, so only what
+    is nearer than every control counts. A distance is in units of that to the other real pictures (as Carlini et al.
+    2023, arXiv 2301.13188, relate it), the nearest seed's. `hashes` are the four sets' `dhash`es, shaped likewise.
     """
-    ratios, nearest = _relative(generated, training)
-    held, _ = _relative(holdout, training)
-    near, bits = int((ratios < held.min()).sum()), np.full(len(ratios), -1)
-    chances, near_hash = [_chance(near, len(ratios), len(held))], 0
+    sets = [np.asarray(part, float) for part in (generated, training, control, holdout)]
+    own, nearest = _relative(_distances(sets[0], sets[1]))
+    near, chance = _nearer(own, _relative(_distances(sets[2], sets[3]))[0])
+    near_hash = 0
     if hashes:
-        own, theirs, kept = hashes
-        bits = _bits(own, theirs)[np.arange(len(own)), nearest]
-        near_hash = int((_bits(own, theirs).min(1) < _bits(kept, theirs).min()).sum())
-        chances.append(_chance(near_hash, len(own), len(kept)))
-    order = np.argsort(ratios)
-    pairs = [(int(k), int(nearest[k]), float(ratios[k]), int(bits[k])) for k in order]
-    return Copying(len(ratios), near, near_hash, min(1.0, len(chances) * min(chances)), pairs)
+        near_hash, by_hash = _nearer(*(_relative(_bits(*pair))[0] for pair in (hashes[:2], hashes[2:])))
+        chance = min(1.0, 2 * min(chance, by_hash))
+    seeds, flat = sets[0].shape[1], own.reshape(-1)
+    pairs = [(int(k), int(nearest[k]), float(flat[k])) for k in np.argsort(flat)]
+    return Copying(len(flat) // seeds, near, near_hash, chance, pairs)
 
 
-def _relative(pictures, training) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) distance to the nearest training picture over the mean of the next ones', and (N,) its place."""
-    pictures, training = np.asarray(pictures, float), np.asarray(training, float)
-    if len(training) < 3:
-        raise ValueError(f"copying shows against at least 3 training pictures, not {len(training)}")
-    distances = np.sqrt(np.maximum(2 - 2 * pictures @ training.T, 0))
-    ordered = np.sort(distances, axis=1)
-    return ordered[:, 0] / ordered[:, 1 : NEIGHBOURS + 1].mean(axis=1), distances.argmin(axis=1)
+def _distances(pictures, real) -> np.ndarray:
+    """(P, S, D), (M, D) of unit length -> (P, S, M)."""
+    return np.sqrt(np.maximum(2 - 2 * pictures @ real.T, 0))
+
+
+def _bits(pictures, real) -> np.ndarray:
+    """(P, S, 64), (M, 64) -> (P, S, M) bits that differ."""
+    return (pictures[:, :, None] != real).sum(axis=3)
+
+
+def _relative(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(P, S, M) -> (P, S) distance of each picture to real picture p over the mean of the others; (P * S,) nearest."""
+    count = distances.shape[2]
+    if count < 3 or count < len(distances):
+        raise ValueError(f"copying shows against 3 real pictures or more, one a caption at least, not {count}")
+    own = distances[np.arange(len(distances)), :, np.arange(len(distances))]  # (P, S)
+    others = (distances.sum(axis=2) - own) / (count - 1)
+    return own / np.maximum(others, 1e-9), distances.reshape(-1, count).argmin(axis=1)
+
+
+def _nearer(own: np.ndarray, control: np.ndarray) -> tuple[int, float]:
+    """How many captions (P, S) come nearer than every control (Q, S), by their nearest seed; the chance of as many."""
+    near = int((own.min(axis=1) < control.min()).sum())
+    return near, _chance(near, len(own), len(control))
 
 
 def _chance(near: int, drawn: int, held: int) -> float:
@@ -181,8 +195,3 @@ def dhash(pictures) -> np.ndarray:
     small = [np.asarray(p.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=int) for p in pictures]
     pixels = np.stack(small)
     return (pixels[:, :, 1:] < pixels[:, :, :-1]).reshape(len(small), 64)
-
-
-def _bits(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(N, 64), (M, 64) -> (N, M) bits that differ."""
-    return (a[:, None] != b[None]).sum(axis=2)

@@ -65,10 +65,10 @@ class Comparison:
             (a, b): {} for k, a in enumerate(self.models) for b in self.models[k + 1 :]
         }
 
-    def add(self, name: str, values: dict[str, np.ndarray], mean=metrics.mean) -> None:
-        """A figure that is a mean of one value a picture or prompt, {label: (N,)}."""
+    def add(self, name: str, values: dict[str, np.ndarray]) -> None:
+        """A figure that is the mean of one value a picture or prompt, {label: (N,)}."""
         for label in self.models:
-            self.figures[label][name] = mean(values[label])
+            self.figures[label][name] = metrics.mean(values[label])
         for a, b in self.changes:
             self.changes[a, b][name] = metrics.paired(values[a], values[b])
 
@@ -97,13 +97,49 @@ class Comparison:
             if a in moved:
                 self.changes[a, b]["drift"] = metrics.paired(moved[a], moved[b])
 
-    def add_copying(self, encoder: Encoder, drawn: dict, training: tuple, held: tuple) -> None:
-        """Whether pictures drawn from training captions are training pictures; the sets as `real` gives them."""
+    def add_copying(self, encoder: Encoder, again: dict, training: tuple, drawn: dict, held: tuple, seeds: int) -> None:
+        """Whether `again`, drawn from the first training captions, are training pictures learnt by heart.
+
+        The control is `drawn`, from the first hold-out captions; the sets of real pictures are as `real` gives them.
+        """
+        seen, control = embed(encoder, again, seeds), embed(encoder, drawn, seeds)
         for label in self.models:
-            hashes = similarity.dhash(drawn[label]), training[1], held[1]
-            found = similarity.copying(encoder.embed(drawn[label]), training[0], held[0], hashes)
+            own, other = (similarity.dhash(found[label]).reshape(-1, seeds, 64) for found in (again, drawn))
+            hashes = own, training[1], other, held[1]
+            found = similarity.copying(seen[label], training[0], control[label], held[0], hashes)
             self.figures[label]["copying"] = found
 
+    def add_judged(self, judge: str, drawn: dict, prompts: list[dict]) -> None:
+        """Where a judge knows the truth: attributes right, pictures in the style, and each attribute's legibility."""
+        found = {label: metrics.scores(judge, pictures, prompts) for label, pictures in drawn.items()}
+        self.add("attributes", {label: 100 * np.asarray(each["attributes"]) for label, each in found.items()})
+        self.add("style", {label: 100 * np.asarray(each["style"]) for label, each in found.items()})
+        for label, each in found.items():
+            self.figures[label]["style"] = metrics.share(each["style"])
+            legible = {name: metrics.share(hits) for name, hits in each.get("legible", {}).items()}
+            self.figures[label] |= {"legible": legible, "n": len(prompts)}
+
+    def legible(self) -> list[dict]:
+        """Rows of a table: in what percent of pictures each attribute is read right."""
+        names = next(iter(self.figures.values())).get("legible", {})
+        return [{"attribute": name.replace("_", " ")} | {k: str(f["legible"][name]) for k, f in self.figures.items()}
+                for name in names]
+
     def as_json(self) -> dict:
-        """{"models": ..., "changes": ...} for `report.write_json`."""
-        return {"models": self.figures, "changes": {f"{a} -> {b}": found for (a, b), found in self.changes.items()}}
+        """{"models": ..., "changes": ...} for `report.write_json`; a model's "gain" is its hold-out loss's change."""
+        models = {label: dict(figures) for label, figures in self.figures.items()}
+        for (a, b), changes in self.changes.items():
+            if a == self.models[0] and "holdout_loss" in changes:
+                models[b]["gain"] = changes["holdout_loss"]
+        return {"models": models, "changes": {f"{b} against {a}": found for (a, b), found in self.changes.items()}}
+
+
+def nearest(found: similarity.Copying, drawn: list, examples: list[data.Example], count: int = 3) -> Image.Image:
+    """The `count` generated pictures that come nearest to a training picture, beside it, as one picture."""
+    from . import compare
+
+    pairs = found.pairs[:count]
+    real = [data.crop(examples[m].image(), drawn[k].width)[0] for k, m, _ in pairs]
+    rows = {"drawn": [drawn[k] for k, *_ in pairs], "nearest training picture": real}
+    captions = [f"{distance:.2f} of the distance to the others" for *_, distance in pairs]
+    return compare.beside(rows, captions, size=224)
