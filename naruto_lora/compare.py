@@ -138,12 +138,12 @@ def jpeg(picture: Image.Image, quality: int = 88) -> bytes:
     return buffer.getvalue()
 
 
-def show(picture: Image.Image) -> None:
+def show(picture: Image.Image, quality: int = 80) -> None:
     """Displays a picture in the notebook as one JPEG (a PIL image would be stored twice)."""
     from IPython.display import Image as Shown
     from IPython.display import display
 
-    display(Shown(data=jpeg(picture), format="jpeg"))
+    display(Shown(data=jpeg(picture, quality), format="jpeg"))
 
 
 def slider(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("base", "LoRA"), size: int = 384) -> str:

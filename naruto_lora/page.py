@@ -16,6 +16,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; p
 h1 { line-height: 1.2 } h2 { margin-top: 2.2rem }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line) }
+td { min-width: 4.5rem } td + td + td { min-width: 8rem }
 .wide { overflow-x: auto } .quiet { color: var(--quiet) }
 .verdict { border-left: 4px solid #2b7de9; background: var(--soft); padding: .4rem 1rem; margin: 1rem 0 }
 .sheet { max-width: 100%; height: auto; background: #fff; border-radius: 6px }

@@ -170,16 +170,19 @@ def test_shuffled_captions_cost_prompt_fit_and_not_style(sets, real):
     assert not similarity.cmmd_change(sets[1], shuffled, held).sure
 
 
+@pytest.fixture(scope="module")
+def trained():
+    return drawings(world.prompts(300, seed=2), [world.STYLE], 2)
+
+
 @pytest.mark.parametrize("memorised, training, copyist", [(8, 8, True), (8, 300, True), (0, 8, False), (0, 300, False)])
-def test_memorised_pictures_are_told_from_new_ones(memorised, training, copyist, real):
-    people, held = world.prompts(training, seed=2), world.prompts(40, seed=1)
-    captions = people[:16]
-    trained = drawings(people, [world.STYLE], 2)
+def test_memorised_pictures_are_told_from_new_ones(memorised, training, copyist, trained, real):
+    captions, trained = world.prompts(300, seed=2)[: min(16, training)], trained[:training]
     rng, drawn = np.random.default_rng(5), drawings(captions, [world.STYLE], 77)
     for k in range(memorised):  # by heart, as well as a VAE would give them
         noisy = np.asarray(trained[k], dtype=float) + rng.normal(0, 12, (64, 64, 3))
         drawn[k] = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-    kinds = drawn, trained, drawings(held[:16], [world.STYLE], 78), real
+    kinds = drawn, trained, drawings(world.prompts(40, seed=1)[:16], [world.STYLE], 78), real
     embedded, hashes = ([of(kind) for kind in kinds] for of in (JUDGE.embed, similarity.dhash))
     for parts in (embedded, hashes):
         parts[0], parts[2] = parts[0][:, None], parts[2][:, None]
