@@ -169,20 +169,20 @@ class PromptComparer:
             self.thread.join(seconds)
 
     def _run(self, settings: dict, chosen: list[tuple[str, str, float]]) -> None:
-        drawn, begun = {}, time.time()
+        drawn, begun, wrong = {}, time.time(), False
         try:
             self._draw_all(settings, chosen, drawn, begun)
             if not self.stopping.is_set():
-                self._keep(settings, chosen, drawn, time.time() - begun)
+                self._keep(settings, chosen, drawn)
+                told = f"Drawn in {duration(time.time() - begun)}."
         except Exception as error:  # shown where the user looks; the thread has nobody else to tell
-            if not self.stopping.is_set():
-                self.progress.bar_style = "danger"
-                self._say(f"{type(error).__name__}: {error}", wrong=True)
-        finally:
-            if self.stopping.is_set():
-                self._say(f"Stopped after {len(drawn)} of {len(chosen)} pictures; the history has whole sets alone.")
-            self.lock.release()
-            self._check()
+            wrong, told = True, f"{type(error).__name__}: {error}"
+        if self.stopping.is_set():
+            wrong, told = False, f"Stopped after {len(drawn)} of {len(chosen)} pictures; the history keeps whole sets."
+        self.progress.bar_style = "danger" if wrong else "" if self.stopping.is_set() else "success"
+        self.lock.release()
+        self._check()
+        self._say(told, wrong)
 
     def _draw_all(self, settings: dict, chosen: list, drawn: dict, begun: float) -> None:
         options = {key: value for key, value in settings.items() if key not in ("prompt", "seed")}
@@ -209,13 +209,12 @@ class PromptComparer:
         if not self.stopping.is_set():
             self._say(f"drawing {what}" + (f", {duration(left)} left" if left is not None else " ..."))
 
-    def _keep(self, settings: dict, chosen: list, drawn: dict, seconds: float) -> None:
+    def _keep(self, settings: dict, chosen: list, drawn: dict) -> None:
         used = {_label(label, scale): [adapter, scale] for label, adapter, scale in chosen}
         settings = settings | {"resolution": next(iter(drawn.values())).width, "models": used}
         name = self.album.add(settings, drawn)
-        self.progress.value, self.progress.bar_style = 1.0, "success"
+        self.progress.value = 1.0
         self.viewer.relist(select=name)
-        self._say(f"Drawn in {duration(seconds)}.")
 
     def _say(self, text: str, wrong: bool = False) -> None:
         style = "padding:2px 8px;border-left:4px solid #d33;white-space:pre-wrap" if wrong else ""
