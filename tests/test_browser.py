@@ -82,7 +82,7 @@ def wait_for(address, server):
 
 def run_all(page):
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_selector(".jp-Toolbar-kernelName:has-text('Python 3')", timeout=60_000)
+    page.wait_for_selector("#jp-main-statusbar:has-text('Idle')", timeout=60_000)  # before that it runs nothing
     page.locator(".lm-MenuBar-item:has-text('Run')").click()
     page.click(".lm-Menu-item:has-text('Run All Cells')")
     page.wait_for_selector("button:has-text('left (1)')", timeout=60_000)
