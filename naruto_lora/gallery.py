@@ -97,6 +97,14 @@ def draw_to(
     return paths
 
 
+def load(paths: list[Path]) -> list[Image.Image]:
+    """The pictures of PNGs, in memory."""
+    pictures = [Image.open(path) for path in paths]
+    for picture in pictures:
+        picture.load()  # and closes its file
+    return pictures
+
+
 def _there(path: Path, wanted: dict) -> bool:
     try:
         told = settings(path)

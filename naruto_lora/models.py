@@ -130,7 +130,10 @@ def _load(kind, base: str, part: str, dtype: torch.dtype, device):
 
 
 def load_text_encoders(base: str, dtype: torch.dtype, device):
-    """[(tokenizer, text encoder), (tokenizer_2, text encoder with projection)], in eval mode."""
+    """[(tokenizer, text encoder), (tokenizer_2, text encoder with projection)], in eval mode.
+
+    Their files stay mapped until they are on the device: 6 MiB of the host's own memory for the second's 1.3 GiB.
+    """
     quiet()
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 

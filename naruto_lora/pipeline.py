@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from . import data, files, memory, models
+from .recipe import Recipe
 
 BASE = "base"  # the name that stands for 'no adapter'
 LCM = "lcm"  # the adapter, and the scheduler that draws with it alone
@@ -123,7 +124,8 @@ def use_adapter(pipe, adapter: str | dict[str, float], scale: float = 1.0) -> di
 def set_scheduler(pipe, name: str) -> None:
     """Puts the sampler called `name` in `pipe`, with SDXL's own noise schedule.
 
-    Raises ValueError if it is unknown, or if it is 'lcm' and no adapter 'lcm' is loaded.
+    'lcm' (arXiv 2311.05556) draws in 4 to 8 steps, at a guidance_scale of 1 to 2. Raises ValueError if the name is
+    unknown, or 'lcm' while no adapter 'lcm' is loaded.
     """
     import diffusers
 
@@ -157,9 +159,9 @@ def read_prompts(source: list[str] | str | Path) -> list[str]:
     return prompts
 
 
-def holdout_prompts(recipe) -> list[str]:
-    """The captions of the pictures that `recipe` keeps out of training. Raises what `data.load` raises."""
-    return [example.caption for example in data.split(data.load(recipe.dataset), recipe.holdout)[1]]
+def holdout_prompts(dataset: str | Path, holdout: float = Recipe.holdout) -> list[str]:
+    """The captions of the pictures that a run keeps out of its training. Raises what `data.load` raises."""
+    return [example.caption for example in data.split(data.load(dataset), holdout)[1]]
 
 
 def cross(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:

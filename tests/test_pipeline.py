@@ -1,12 +1,13 @@
 """Pictures: the base untouched by an adapter that is off, the adapter the same in a plain diffusers pipeline."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from naruto_lora import pipeline
+from naruto_lora import lora, pipeline
 
 PROMPTS = ["a woman with long red hair smiling", "a bearded man with glasses in front of a blue wall"]
 FEW = dict(steps=3, guidance_scale=2.0, resolution=32, batch=2)
@@ -24,7 +25,7 @@ def draw_plainly(base, adapter=None):
     plain = StableDiffusionXLPipeline.from_pretrained(base, torch_dtype=torch.float32, add_watermarker=False)
     plain.set_progress_bar_config(disable=True)
     if adapter:
-        plain.load_lora_weights(adapter)
+        plain.load_lora_weights(adapter, weight_name=lora.FILE)
     options = dict(num_inference_steps=3, guidance_scale=2.0, height=32, width=32)
     images = [plain(prompt, generator=torch.Generator().manual_seed(seed), **options).images[0]
               for prompt, seed in zip(PROMPTS, (3, 4), strict=True)]
@@ -101,6 +102,17 @@ def test_a_batch_is_no_larger_than_wanted_and_evenly_filled():
     assert [s.stop - s.start for s in pipeline.even_parts(7, 3)] == [2, 2, 3]
     assert [s.stop - s.start for s in pipeline.even_parts(16, 12)] == [8, 8]
     assert pipeline.even_parts(0, 4) == [] and pipeline.even_parts(2, 4) == [slice(0, 2)]
+
+
+def test_on_a_gpu_the_batch_is_what_memory_holds(monkeypatch):
+    """On a T4 that holds the fp16 pipeline several at 1024 px, always one, and no more than pay on a large card."""
+    gpu = SimpleNamespace(unet=SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
+    sizes = {}
+    for free in (0, 7, 100):
+        monkeypatch.setattr(pipeline.memory, "available", lambda device, free=free: free * 2**30)
+        sizes[free] = [pipeline.together(gpu, side) for side in (1024, 512)]
+    assert sizes[0] == [1, 1] and 1 < sizes[7][0] < sizes[7][1] <= 16 and sizes[7][0] < sizes[100][0] <= 16
+    assert pipeline.together(gpu, 1024, 3) == 3  # what is asked for is taken
 
 
 def test_texts_are_encoded_once_for_base_and_lora(base, trained, monkeypatch):
@@ -214,7 +226,7 @@ def test_prompts_come_from_lists_files_and_the_holdout(tmp_path, plan, examples)
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
     for name in ("prompts.txt", "prompts.json"):
         assert pipeline.read_prompts(tmp_path / name) == PROMPTS
-    assert pipeline.holdout_prompts(plan) == [example.caption for example in examples[1]]
+    assert pipeline.holdout_prompts(plan.dataset, plan.holdout) == [example.caption for example in examples[1]]
     for content in ("", "{", '{"a": 1}', "[1, 2]"):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="bad.json' holds no prompts; a .txt needs one a line"):
