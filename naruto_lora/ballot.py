@@ -24,12 +24,12 @@ class BlindVote:
                         for choice, text in texts.items()}
         for choice, button in self.buttons.items():
             button.on_click(lambda _, choice=choice: self.vote(choice))
-        self.keys = widgets.Text(placeholder="or click here and type 1, 2 or 0", layout=widgets.Layout(width="16rem"))
+        self.keys = widgets.Text(placeholder="or click here and type 1, 2 or 0", layout=widgets.Layout(width="256px"))
         self.keys.observe(self._typed, "value")
         self.reveal = widgets.Button(description="show the result", layout=widgets.Layout(width="auto"))
         self.reveal.on_click(lambda _: self._tell(str(self.votes)))
         self.box = widgets.VBox([self.question, row(*self.buttons.values(), self.keys), row(self.reveal, self.status)],
-                                layout=widgets.Layout(max_width="60rem"))
+                                layout=widgets.Layout(max_width="960px"))
         self._ask()
 
     def vote(self, choice: str) -> None:

@@ -153,7 +153,8 @@ def slider(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("
     tag = "position:absolute;top:8px;max-width:45%;padding:2px 8px;border-radius:4px;background:#000b;color:#fff"
     # an outer page's styles for img and input must not reach in: each property that matters is set here
     fill = "position:absolute;left:0;top:0;width:100%;height:100%;max-width:none;margin:0;border:0;padding:0"
-    return f"""<div style="--x:50%;position:relative;width:{size}px;max-width:100%;aspect-ratio:1;overflow:hidden;\
+    return f"""<div style="{_SHRINK}">
+<div style="--x:50%;position:relative;width:{size}px;max-width:100%;aspect-ratio:1;overflow:hidden;\
 font:14px/1.4 system-ui,sans-serif;touch-action:pan-y">
 <img src="{second}" alt="{right}" style="{fill}">
 <img src="{first}" alt="{left}" style="{fill};clip-path:inset(0 calc(100% - var(--x)) 0 0)">
@@ -164,7 +165,7 @@ box-shadow:0 0 4px #000"></span>
 border-radius:14px;background:#fff;color:#111;box-shadow:0 0 4px #000">&#8596;</span>
 <input type="range" min="0" max="100" step="0.5" value="50" aria-label="{left} or {right}"
  oninput="this.parentNode.style.setProperty('--x',this.value+'%')"
- style="{fill};opacity:0;cursor:ew-resize"></div>"""
+ style="{fill};opacity:0;cursor:ew-resize"></div></div>"""
 
 
 def cards(drawn: dict[str, Image.Image], size: int = 320) -> str:
@@ -177,10 +178,11 @@ def cards(drawn: dict[str, Image.Image], size: int = 320) -> str:
         for name, picture in drawn.items()
     )
     columns = f"repeat(auto-fill,minmax(min({size}px,calc({100 / max(1, min(3, len(drawn))):.0f}% - 8px)),1fr))"
-    return f"""<div style="display:grid;gap:8px;grid-template-columns:{columns};\
-max-width:{len(drawn) * (size + 8)}px;font:14px/1.4 system-ui,sans-serif">{figures}</div>"""
+    return f"""<div style="{_SHRINK}"><div style="display:grid;gap:8px;grid-template-columns:{columns};\
+max-width:{len(drawn) * (size + 8)}px;font:14px/1.4 system-ui,sans-serif">{figures}</div></div>"""
 
 
+_SHRINK = "contain:inline-size;width:100%"  # never wider than its place, as flex items else are in a widget's box
 _ZOOM = "var s=this.parentNode.style;s.gridColumn=s.gridColumn?'':'1/-1'"
 
 

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 from . import compare
 from .album import Album
 
-WIDE = "min(100%, 46rem)"
+WIDE = "min(100%, 736px)"
 
 
 class Viewer:
@@ -27,22 +27,22 @@ class Viewer:
         self.refresh()
 
     def _make(self) -> list:
-        self.view = widgets.ToggleButtons(options=["side by side", "slider"], style={"button_width": "7rem"})
+        self.view = widgets.ToggleButtons(options=["side by side", "slider"], style={"button_width": "112px"})
         self.zoom = widgets.IntSlider(320, min=160, max=800, step=40, description="size", continuous_update=False,
-                                      layout=widgets.Layout(width="18rem"), style={"description_width": "3rem"})
-        small = {"layout": widgets.Layout(width="14rem"), "style": {"description_width": "3rem"}}
+                                      layout=widgets.Layout(width="288px"), style={"description_width": "48px"})
+        small = {"layout": widgets.Layout(width="224px"), "style": {"description_width": "48px"}}
         self.left = widgets.Dropdown(description="left", **small)
         self.right = widgets.Dropdown(description="right", **small)
         self.pair = row(self.left, self.right)
         self.result = widgets.HTML(layout=widgets.Layout(width="100%"))
         self.history = widgets.Dropdown(description="history", layout=widgets.Layout(width=WIDE),
-                                        style={"description_width": "5.5rem"})
+                                        style={"description_width": "88px"})
         step = widgets.Layout(width="auto")
         self.newer = widgets.Button(description="◀ newer", layout=step)
         self.older = widgets.Button(description="older ▶", layout=step)
-        self.favourite = widgets.ToggleButton(description="☆ keep", layout=widgets.Layout(width="6rem"))
+        self.favourite = widgets.ToggleButton(description="☆ keep", layout=widgets.Layout(width="96px"))
         self.only = widgets.Checkbox(False, description="favourites only", indent=False,
-                                     layout=widgets.Layout(width="10rem"))
+                                     layout=widgets.Layout(width="160px"))
         self.newer.on_click(lambda _: self._turn(-1))
         self.older.on_click(lambda _: self._turn(1))
         self.favourite.observe(self._favour, "value")

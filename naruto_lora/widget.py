@@ -34,7 +34,7 @@ class PromptComparer:
         self.status = widgets.HTML()
         self.viewer = Viewer(self.album, self._say)
         parts = self._make_settings() if pipe is not None else [self.status]
-        self.box = widgets.VBox([*parts, self.viewer.box], layout=widgets.Layout(max_width="72rem"))
+        self.box = widgets.VBox([*parts, self.viewer.box], layout=widgets.Layout(max_width="1152px"))
         if pipe is None:
             self._say("No model is loaded: these are the pictures drawn before.")
 
@@ -43,8 +43,8 @@ class PromptComparer:
     def _make_settings(self) -> list:
         from .pipeline import LCM, SCHEDULERS, WITH_LCM
 
-        wide, number = widgets.Layout(width=WIDE), widgets.Layout(width="11rem")
-        label = {"style": {"description_width": "5.5rem"}}
+        wide, number = widgets.Layout(width=WIDE), widgets.Layout(width="176px")
+        label = {"style": {"description_width": "88px"}}
         self.prompt = widgets.Textarea(self.prompts[0] if self.prompts else "", description="prompt", rows=2,
                                        placeholder="what to draw", layout=wide, **label)
         self.suggestion = widgets.Dropdown(
@@ -59,13 +59,13 @@ class PromptComparer:
         with_lcm = LCM in getattr(getattr(self.pipe, "unet", None), "peft_config", {})
         self.scheduler = widgets.Dropdown(
             options=list(WITH_LCM if with_lcm else SCHEDULERS), value=self.look["scheduler"], description="scheduler",
-            layout=widgets.Layout(width="14rem"), **label)
+            layout=widgets.Layout(width="224px"), **label)
         self.scheduler.observe(self._suit_lcm, "value")
         self.chosen = {name: widgets.Checkbox(True, description=name, indent=False,
-                                              layout=widgets.Layout(width="11rem")) for name in self.models}
+                                              layout=widgets.Layout(width="176px")) for name in self.models}
         self.scales = {
             name: widgets.FloatSlider(1.0, min=SCALE[0], max=SCALE[1], step=0.05, readout_format=".2f",
-                                      continuous_update=False, description="scale", style={"description_width": "3rem"})
+                                      continuous_update=False, description="scale", style={"description_width": "48px"})
             for name, adapter in self.models.items() if adapter != "base"
         }
         rows = [row(self.chosen[name], *([self.scales[name]] if name in self.scales else [])) for name in self.models]
@@ -88,7 +88,7 @@ class PromptComparer:
         self.stop = button("Stop", self.halt, "warning", disabled=True)
         self.next_seed = button("same prompt, next seed", self._with_next_seed)
         self.next_prompt = button("same seed, new prompt", self._with_next_prompt)
-        self.progress = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=widgets.Layout(width="14rem"))
+        self.progress = widgets.FloatProgress(0.0, min=0.0, max=1.0, layout=widgets.Layout(width="224px"))
         return [row(self.generate, self.stop, self.next_seed, self.next_prompt), row(self.progress, self.status)]
 
     def _suit_lcm(self, change) -> None:
