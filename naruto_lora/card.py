@@ -20,22 +20,22 @@ pipe({prompt}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 ```"""
 
 
-def write(folder: str | Path, run: dict, record: dict, label: str, drawn: dict[str, list], prompts: list[str],
-          seeds: list[int]) -> Path:
+def write(folder: str | Path, run: dict, record: dict, label: str, drawn: dict[str, list], prompts: list[str]) -> Path:
     """Writes `folder`/README.md and its pictures for the adapter `label` of `run`; returns the README's path.
 
-    `record` is `page.summary`'s, `drawn` {label: pictures by prompt and seed}, the base's first. Captions and names
+    `record` is `page.summary`'s, `drawn` {label: pictures, as many a prompt}, the base's first. Captions and names
     are escaped for YAML, Markdown and HTML. Raises OSError.
     """
     folder, recipe, base = Path(folder), run["recipe"], list(drawn)[0]
-    places = list(range(0, len(drawn[label]), len(seeds)))[:4]
+    each = len(drawn[label]) // len(prompts)
+    places = list(range(0, len(drawn[label]), each))[:4]
     shown = {name: [drawn[name][k] for k in places] for name in (base, label)}
-    sheet = compare.beside(shown, [prompts[k // len(seeds)] for k in places])
+    sheet = compare.beside(shown, [prompts[k // each] for k in places])
     pictures = {"images/compare.jpg": sheet} | {f"images/{n}.jpg": drawn[label][k] for n, k in enumerate(places)}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         files.replace(folder / name, lambda path, p=picture: path.write_bytes(compare.jpeg(p)))
-    widget = [{"text": prompts[k // len(seeds)], "output": {"url": f"images/{n}.jpg"}} for n, k in enumerate(places)]
+    widget = [{"text": prompts[k // each], "output": {"url": f"images/{n}.jpg"}} for n, k in enumerate(places)]
     text = "\n".join([_front(recipe, widget), _body(run, record, label, base, prompts[0])])
     files.replace(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder / "README.md"

@@ -36,17 +36,14 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str] | None = None, 
 
 
 def beside(
-    drawn: dict[str, list[Image.Image]], captions: list[str], seeds: list[int] | None = None, size: int = 256
+    drawn: dict[str, list[Image.Image]], captions: list[str], each: int = 1, size: int = 256
 ) -> Image.Image:
-    """One picture with a column a model and a row a prompt, captions across: base | 256 | 1024 to read on a phone.
+    """One picture with a column a model and a row a picture, captions across: base | 256 | 1024 to read on a phone.
 
-    Each model's pictures are in the order of prompts, and of `seeds` inside a prompt where there are several.
+    Each model's pictures are in the order of captions, `each` a caption.
     """
-    each, rows = len(seeds) if seeds else 1, []
-    for k, pictures in enumerate(zip(*drawn.values(), strict=True)):
-        seed = f"seed {seeds[k % each]}" if each > 1 else ""
-        texts = [captions[k // each], seed] if k % each == 0 else [seed]
-        rows.append((", ".join(filter(None, texts)), pictures))
+    pictures = zip(*drawn.values(), strict=True)
+    rows = [("" if k % each else captions[k // each], found) for k, found in enumerate(pictures)]
     return sheet(rows, list(drawn), size)
 
 

@@ -24,14 +24,14 @@ td { min-width: 4.5rem } td + td + td { min-width: 8rem }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def write(path: str | Path, record: dict, drawn: dict[str, list], prompts: list[str], seeds: list[int],
+def write(path: str | Path, record: dict, drawn: dict[str, list], prompts: list[str],
           sheets: dict[str, Image.Image] | None = None) -> Path:
-    """Writes the page; returns its path. `record` is `summary`'s, `drawn` {label: pictures by prompt and seed}.
+    """Writes the page; returns its path. `record` is `summary`'s, `drawn` {label: pictures, as many a prompt}.
 
     `sheets` are more pictures, {title: picture}: curves, strips, nearest pairs. All text is escaped, and the page
     may load nothing from elsewhere. Raises OSError.
     """
-    parts = [f"<h1>{' · '.join(map(html.escape, drawn))}</h1>", *_verdict(record), *_grid(drawn, prompts, seeds)]
+    parts = [f"<h1>{' · '.join(map(html.escape, drawn))}</h1>", *_verdict(record), *_grid(drawn, prompts)]
     parts += ["<h2>Figures</h2>", _table(verdict.rows(record["figures"])), _note(record)]
     for pair, changes in record["changes"].items():
         parts += [f"<h3>{html.escape(pair)}</h3>", _table(_change_rows(changes))]
@@ -52,15 +52,16 @@ def _verdict(record: dict) -> list[str]:
     return [f'<p class="verdict">{html.escape(sentence)}</p>' for sentence in record["verdict"]]
 
 
-def _grid(drawn: dict, prompts: list[str], seeds: list[int]) -> list[str]:
+def _grid(drawn: dict, prompts: list[str]) -> list[str]:
     """The slider of first and last model, then a row of pictures a prompt and seed."""
     first, last = list(drawn)[0], list(drawn)[-1]
+    each = len(drawn[first]) // len(prompts)
     size = 512 if drawn[first][0].width >= 256 else 384
     parts = ["<h2>Pictures</h2><p>The same noise in each row: what differs is the LoRA. Drag the handle; click a "
              "picture to enlarge it.</p>", compare.slider(drawn[first][0], drawn[last][0], (first, last), size)]
     for k, pictures in enumerate(zip(*drawn.values(), strict=True)):
-        if k % len(seeds) == 0:
-            parts.append(f"<p>{html.escape(prompts[k // len(seeds)])}</p>")
+        if k % each == 0:
+            parts.append(f"<p>{html.escape(prompts[k // each])}</p>")
         small = [p if p.width <= 512 else p.resize((512, 512), Image.Resampling.LANCZOS) for p in pictures]
         parts.append(compare.cards(dict(zip(drawn, small, strict=True)), 256))
     return parts
@@ -81,7 +82,7 @@ def _making(record: dict) -> list[str]:
     """Tables: the runs, what was drawn, the machine."""
     look = {key: value for key, value in record["look"].items() if isinstance(value, (str, int, float))}
     drawn = [{"what": key.replace("_", " "), "here": str(value)} for key, value in look.items()]
-    drawn += [{"what": "seeds", "here": ", ".join(map(str, record["seeds"]))}]
+    drawn += [{"what": "seeds", "here": f"{record['seeds'][0]} to {record['seeds'][-1]}, each picture its own"}]
     parts = ["<h2>How it was made</h2>"]
     parts += [_table(record["runs"])] if record["runs"] else []
     return parts + ["<h3>Drawing</h3>", _table(drawn), "<h3>Machine</h3>", _table(record["machine"])]

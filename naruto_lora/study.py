@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import data, gallery, metrics, pipeline, similarity
+from . import data, gallery, metrics, similarity
 from .encoders import Encoder
 
 UNRELATED = (  # prompts that no style's data set is about
@@ -24,12 +24,15 @@ UNRELATED = (  # prompts that no style's data set is about
 PORTION = 64  # pictures of the data set that are in memory at once
 
 
-def draw(pipe, models: dict[str, str], prompts: list[str], seeds: list[int], folder: str | Path, **look) -> dict:
-    """{label: pictures}, each prompt with each seed, for `models` {label: adapter}; from `folder` what is there."""
-    texts, numbers = pipeline.cross(prompts, seeds)
-    drawn = {}
+def draw(pipe, models: dict[str, str], prompts: list[str], each: int, folder: str | Path, **look) -> dict:
+    """{label: pictures}, `each` a prompt in a row, for `models` {label: adapter}; from `folder` what is there.
+
+    Picture k has seed k for every model: were seeds common to prompts, a model that ignores its prompts would seem
+    to know a handful of pictures.
+    """
+    texts, drawn = repeated(prompts, each), {}
     for label, adapter in models.items():
-        paths = gallery.draw_to(folder, pipe, texts, numbers, adapter, **look)
+        paths = gallery.draw_to(folder, pipe, texts, list(range(len(texts))), adapter, **look)
         drawn[label] = [_opened(path) for path in paths]
     return drawn
 
@@ -39,10 +42,15 @@ def _opened(path: Path) -> Image.Image:
         return picture.convert("RGB")
 
 
-def embed(encoder: Encoder, drawn: dict[str, list], seeds: int) -> dict[str, np.ndarray]:
+def repeated(prompts: list[str], each: int) -> list[str]:
+    """Every prompt `each` times, in a row."""
+    return [prompt for prompt in prompts for _ in range(each)]
+
+
+def embed(encoder: Encoder, drawn: dict[str, list], each: int) -> dict[str, np.ndarray]:
     """{label: (P, S, D)} of what `draw` gave."""
     parts = {label: encoder.embed(pictures) for label, pictures in drawn.items()}
-    return {label: part.reshape(-1, seeds, part.shape[-1]) for label, part in parts.items()}
+    return {label: part.reshape(-1, each, part.shape[-1]) for label, part in parts.items()}
 
 
 def real(encoder: Encoder, examples: list[data.Example], resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -72,24 +80,24 @@ class Comparison:
         for a, b in self.changes:
             self.changes[a, b][name] = metrics.paired(values[a], values[b])
 
-    def add_pictures(self, encoder: Encoder, drawn: dict, prompts: list[str], seeds: list[int], held) -> None:
+    def add_pictures(self, encoder: Encoder, drawn: dict, prompts: list[str], each: int, held) -> None:
         """Prompt fit, style distance to the real pictures' embeddings `held` (M, D), and diversity of `draw`'s."""
-        seen, texts = embed(encoder, drawn, len(seeds)), pipeline.cross(prompts, seeds)[0]
+        seen, texts = embed(encoder, drawn, each), repeated(prompts, each)
         fits = {k: encoder.fit(pictures, texts).reshape(len(prompts), -1).mean(1) for k, pictures in drawn.items()}
         self.add("prompt_fit", fits)
         for label in self.models:
             self.figures[label]["style_distance"] = similarity.cmmd(seen[label], held)
         for a, b in self.changes:
             self.changes[a, b]["style_distance"] = similarity.cmmd_change(seen[a], seen[b], held)
-        if len(seeds) > 1:
+        if each > 1:
             for label in self.models:
                 self.figures[label]["diversity"] = similarity.diversity(seen[label])
             for a, b in self.changes:
                 self.changes[a, b]["diversity"] = similarity.diversity_change(seen[a], seen[b])
 
-    def add_drift(self, encoder: Encoder, drawn: dict, seeds: list[int]) -> None:
-        """How far each adapter moves `drawn`, pictures of unrelated prompts with two seeds or more."""
-        seen = embed(encoder, drawn, len(seeds))
+    def add_drift(self, encoder: Encoder, drawn: dict, each: int) -> None:
+        """How far each adapter moves `drawn`, two pictures or more of each unrelated prompt."""
+        seen = embed(encoder, drawn, each)
         moved = {label: similarity.moved(seen[self.models[0]], seen[label]) for label in self.models[1:]}
         for label, values in moved.items():
             self.figures[label]["drift"] = metrics.mean(values)
@@ -97,14 +105,14 @@ class Comparison:
             if a in moved:
                 self.changes[a, b]["drift"] = metrics.paired(moved[a], moved[b])
 
-    def add_copying(self, encoder: Encoder, again: dict, training: tuple, drawn: dict, held: tuple, seeds: int) -> None:
+    def add_copying(self, encoder: Encoder, again: dict, training: tuple, drawn: dict, held: tuple, each: int) -> None:
         """Whether `again`, drawn from the first training captions, are training pictures learnt by heart.
 
         The control is `drawn`, from the first hold-out captions; the sets of real pictures are as `real` gives them.
         """
-        seen, control = embed(encoder, again, seeds), embed(encoder, drawn, seeds)
+        seen, control = embed(encoder, again, each), embed(encoder, drawn, each)
         for label in self.models:
-            own, other = (similarity.dhash(found[label]).reshape(-1, seeds, 64) for found in (again, drawn))
+            own, other = (similarity.dhash(found[label]).reshape(-1, each, 64) for found in (again, drawn))
             hashes = own, training[1], other, held[1]
             found = similarity.copying(seen[label], training[0], control[label], held[0], hashes)
             self.figures[label]["copying"] = found

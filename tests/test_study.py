@@ -12,14 +12,14 @@ from naruto_lora.tiny import world
 
 LABELS = ["base", "small <b>", "large"]
 ASKED = world.prompts(4, seed=6)
-TEXTS, SEEDS = [p["text"] for p in ASKED], [0, 1]
+TEXTS, EACH = [p["text"] for p in ASKED], 2
 JUDGE = "naruto_lora.tiny.judge"
 
 
 def drawings(style, seed, people=ASKED):
     """Each person with each seed, as `study.draw` orders them."""
     rng = np.random.default_rng(seed)
-    return [world.draw(p["attributes"], style, rng, 64) for p in people for _ in SEEDS]
+    return [world.draw(p["attributes"], style, rng, 64) for p in people for _ in range(EACH)]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def result(drawn):
     made = study.Comparison(LABELS)
     losses = rng.gamma(2, 1, 12)
     made.add("holdout_loss", {"base": losses, "small <b>": losses - 0.01 * rng.normal(size=12), "large": losses - 0.3})
-    made.add_pictures(encoder, drawn, TEXTS, SEEDS, real[0])
-    made.add_drift(encoder, drawn, SEEDS)
-    made.add_copying(encoder, drawn, real, drawn, real, len(SEEDS))
+    made.add_pictures(encoder, drawn, TEXTS, EACH, real[0])
+    made.add_drift(encoder, drawn, EACH)
+    made.add_copying(encoder, drawn, real, drawn, real, EACH)
     made.add_judged(JUDGE, {label: pictures[::2] for label, pictures in drawn.items()}, ASKED)
     return made
 
@@ -52,7 +52,7 @@ def record(result, run):
     runs = {"small <b>": run | {"seconds": 60}, "large": run | {"seconds": 240}}
     encoder, look = encoders.load(JUDGE), {"steps": 16, "guidance_scale": 2.0, "show": print}
     machine = [{"what": "GPU", "here": "none"}]
-    return page.summary(result, runs, encoder, look, SEEDS, ["<script>alert(1)</script>", *TEXTS[1:]], machine)
+    return page.summary(result, runs, encoder, look, list(range(8)), ["<script>alert(1)</script>", *TEXTS[1:]], machine)
 
 
 def test_every_figure_is_there_for_each_model_and_each_change(result):
@@ -69,7 +69,7 @@ def test_every_figure_is_there_for_each_model_and_each_change(result):
 
 def test_a_models_figures_are_those_of_its_pictures(result, drawn):
     encoder = encoders.load(JUDGE)
-    fits = encoder.fit(drawn["large"], [text for text in TEXTS for _ in SEEDS])
+    fits = encoder.fit(drawn["large"], [text for text in TEXTS for _ in range(EACH)])
     assert result.figures["large"]["prompt_fit"] == metrics.mean(fits.reshape(4, 2).mean(1))
     embedded = encoder.embed(drawn["large"]).reshape(4, 2, -1)
     assert result.figures["large"]["diversity"] == similarity.diversity(embedded)
@@ -111,7 +111,7 @@ def test_every_metric_says_what_it_cannot_say(result):
 
 def test_the_page_stands_alone_and_escapes_what_is_not_its_own(record, drawn, tmp_path):
     sheets = {"<Curves>": Image.new("RGB", (8, 8))}
-    file = page.write(tmp_path / "c.html", record, drawn, record["prompts"], SEEDS, sheets)
+    file = page.write(tmp_path / "c.html", record, drawn, record["prompts"], sheets)
     text = file.read_text()
     assert "<script" not in text and "&lt;script&gt;alert(1)" in text and "small <b>" not in text
     assert "<Curves>" not in text and "&lt;Curves&gt;" in text
@@ -125,7 +125,7 @@ def test_the_page_stands_alone_and_escapes_what_is_not_its_own(record, drawn, tm
 
 def test_the_record_is_json(record, tmp_path):
     read = report.read_json(report.write_json(tmp_path / "c.json", record))
-    assert read["seeds"] == SEEDS and read["recipes"]["large"]["legs"] and read["machine"][0]["what"] == "GPU"
+    assert read["seeds"] == list(range(8)) and read["recipes"]["large"]["legs"] and read["machine"][0]["what"] == "GPU"
     assert read["figures"]["large"]["style_distance"]["n"] == 4
 
 
@@ -133,7 +133,7 @@ def test_the_model_card_has_pictures_and_keeps_captions_from_being_markup(record
     run = run | {"recipe": run["recipe"] | {"base": "stabilityai/stable-diffusion-xl-base-1.0", "vae": "a/vae",
                                             "dataset": "some/data"}}
     prompts = ['quoted "text": [x](y)\n# head', *TEXTS[1:]]
-    text = card.write(tmp_path, run, record, "large", drawn, prompts, SEEDS).read_text()
+    text = card.write(tmp_path, run, record, "large", drawn, prompts).read_text()
     front, body = text.split("---\n")[1:]
     fields = dict(line.split(": ", 1) for line in front.strip().splitlines())
     values = {key: json.loads(value) for key, value in fields.items()}
@@ -150,17 +150,17 @@ def test_the_model_card_has_pictures_and_keeps_captions_from_being_markup(record
 
 
 def test_a_local_base_and_data_set_are_not_published(record, run, drawn, tmp_path):
-    text = card.write(tmp_path, run, record, "large", drawn, TEXTS, SEEDS).read_text()
+    text = card.write(tmp_path, run, record, "large", drawn, TEXTS).read_text()
     assert run["recipe"]["base"] not in text and run["recipe"]["dataset"] not in text
     assert "base_model" not in text and "license" not in text and "AutoencoderKL" not in text
 
 
 def test_drawn_sets_are_kept_and_not_drawn_again(pipe, tmp_path, monkeypatch):
     look = dict(steps=2, guidance_scale=2.0, resolution=32)
-    first = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:2], SEEDS, tmp_path, **look)
+    first = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:2], EACH, tmp_path, **look)
     assert [len(pictures) for pictures in first.values()] == [4, 4] and len(list(tmp_path.glob("*.png"))) == 8
-    monkeypatch.setattr(study.pipeline, "_draw_batch", None)  # nothing is left to draw
-    again = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:2], SEEDS, tmp_path, **look)
+    monkeypatch.setattr(study.gallery.pipeline, "_draw_batch", None)  # nothing is left to draw
+    again = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:2], EACH, tmp_path, **look)
     assert [p.tobytes() for p in again["LoRA"]] == [p.tobytes() for p in first["LoRA"]]
     assert first["base"][0].tobytes() != first["LoRA"][0].tobytes()
 
