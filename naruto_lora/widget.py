@@ -15,6 +15,7 @@ from .progress import duration
 from .viewer import WIDE, Viewer, brief, row
 
 STEPS, GUIDANCE, SCALE = (1, 100), (1.0, 15.0), (0.0, 1.5)
+BUSY: dict[int, threading.Lock] = {}  # by the pipeline's id: a cell that is run again makes a second widget
 
 
 class PromptComparer:
@@ -31,6 +32,7 @@ class PromptComparer:
         self.prompts, self.look = list(prompts), {"steps": 30, "guidance_scale": 5.0, "scheduler": "euler"} | look
         self.draw = draw or _pipeline_draw
         self.stopping, self.thread, self.lock = threading.Event(), None, threading.Lock()
+        self.busy = BUSY.setdefault(id(pipe), threading.Lock())
         self.status = widgets.HTML()
         self.viewer = Viewer(self.album, self._say)
         parts = self._make_settings() if pipe is not None else [self.status]
@@ -148,6 +150,10 @@ class PromptComparer:
         """Draws what is chosen, in a thread; a second call while it draws does nothing."""
         if self.pipe is None or self.generate.disabled or not self.lock.acquire(blocking=False):
             return
+        if not self.busy.acquire(blocking=False):
+            self.lock.release()
+            self._say("Another widget is drawing with this model: stop it there, or wait.", wrong=True)
+            return
         self.stopping.clear()
         self._check()
         self.progress.value, self.progress.bar_style = 0.0, ""
@@ -180,6 +186,7 @@ class PromptComparer:
         if self.stopping.is_set():
             wrong, told = False, f"Stopped after {len(drawn)} of {len(chosen)} pictures; the history keeps whole sets."
         self.progress.bar_style = "danger" if wrong else "" if self.stopping.is_set() else "success"
+        self.busy.release()
         self.lock.release()
         self._check()
         self._say(told, wrong)

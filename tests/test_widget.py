@@ -4,6 +4,7 @@ import json
 import random
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -24,7 +25,7 @@ class Draw:
         self.go.set()
 
     def __call__(self, pipe, prompts, seeds, weights, show, stop, steps, **options):
-        adapter, scale = next(iter(weights.items()))
+        self.weights, (adapter, scale) = weights, next(iter(weights.items()))
         self.calls.append((prompts[0], seeds[0], adapter, scale, steps, options))
         if self.error:
             raise self.error
@@ -82,6 +83,31 @@ def test_two_clicks_start_one_run_and_nothing_can_be_changed_meanwhile(comparer,
     comparer.wait(20)
     assert len(draw.calls) == 3 and comparer.seed.value == 0
     assert not comparer.generate.disabled and comparer.stop.disabled and not comparer.prompt.disabled
+
+
+def test_a_second_widget_waits_for_the_first(comparer, draw, tmp_path):
+    other = PromptComparer(tmp_path, comparer.pipe, MODELS, ["x"], draw, steps=3)
+    draw.go.clear()
+    comparer.generate.click()
+    assert draw.at.wait(20)
+    other.generate.click()
+    assert "Another widget is drawing" in other.status.value and not other.running
+    draw.go.set()
+    comparer.wait(20)
+    generate(other)
+    assert "Drawn in" in other.status.value and len(draw.calls) == 6
+
+
+def test_lcm_is_offered_with_its_adapter_alone_and_draws_without_guidance(tmp_path, draw):
+    pipe = SimpleNamespace(unet=SimpleNamespace(peft_config={"lcm": None}))
+    made = PromptComparer(tmp_path, pipe, MODELS, ["x"], draw, steps=30)
+    made.scheduler.value = "lcm"
+    assert (made.steps.value, made.guidance.value, made.guidance.disabled) == (4, 1, True)
+    generate(made)
+    assert draw.weights == {"high": 1, "lcm": 1}
+    made.scheduler.value = "ddim"
+    assert (made.steps.value, made.guidance.value, made.guidance.disabled) == (30, 5, False)
+    assert "lcm" not in PromptComparer(tmp_path, object(), MODELS, ["x"], draw).scheduler.options
 
 
 def test_stop_ends_midway_and_it_can_draw_again(comparer, draw):
