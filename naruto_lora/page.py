@@ -111,6 +111,7 @@ def summary(comparison, runs: dict[str, dict], encoder, look: dict, seeds: list[
         "changes": {f"{b} against {a}": changes for (a, b), changes in comparison.changes.items()},
         "encoder": encoder.name, "fit_means": encoder.fit_means, "look": look, "seeds": seeds, "prompts": prompts,
         "runs": rows, "recipes": {label: run["recipe"] for label, run in runs.items()}, "machine": machine,
+        "curves": {label: {key: run[key] for key in ("losses", "holdout")} for label, run in runs.items()},
     }  # fmt: skip
 
 

@@ -126,6 +126,7 @@ def test_the_page_stands_alone_and_escapes_what_is_not_its_own(record, drawn, tm
 def test_the_record_is_json(record, tmp_path):
     read = report.read_json(report.write_json(tmp_path / "c.json", record))
     assert read["seeds"] == list(range(8)) and read["recipes"]["large"]["legs"] and read["machine"][0]["what"] == "GPU"
+    assert len(read["curves"]["large"]["losses"]) == 6
     assert read["figures"]["large"]["style_distance"]["n"] == 4
 
 
