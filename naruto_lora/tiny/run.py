@@ -31,7 +31,7 @@ def parameters(out: Path, pictures: int, prompts: int, low: Path = LOW, high: Pa
         "03_train_1024": common | look | {"recipe": str(high)},
         "04_infer": common | look | {"adapter": names["adapter_1024"], "precision": recipe.load(high).precision},
         "05_compare": common | look | names
-        | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(judged), "prompt_count": 16},
+        | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(judged), "prompt_count": 12},
     }
 
 
