@@ -68,9 +68,7 @@ def expandable() -> None:
     """Lets torch's allocator grow its pages, which leaves fewer gaps, unless somebody has set it up otherwise."""
     if not torch.cuda.is_available() or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
         return
-    name = "_accelerator_setAllocatorSettings"  # torch 2.11's; before it and after, another one does the same
-    change = getattr(torch._C, name, None) or torch.cuda.memory._set_allocator_settings
-    change("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
