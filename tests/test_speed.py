@@ -16,7 +16,7 @@ def test_a_recipe_s_minutes_follow_from_its_micro_step(base, monkeypatch):
     monkeypatch.setattr(speed, "_micro_step", lambda *_: 0.5)
     plan = recipe.load(tiny.HIGH).replace(base=base, batch=4, accumulation=3)
     (row,) = speed.steps([plan])
-    assert (row["pictures together"], row["ms"], row["s a step"]) == ("4", "500", "1.5")
+    assert (row["pictures together"], row["ms"], row["s a step"]) == (4, "500", "1.5")
     assert float(row["minutes in all"]) == round(1.5 * plan.steps / 60)
 
 
