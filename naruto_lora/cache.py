@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +19,7 @@ from safetensors.torch import save
 from . import data, files, memory, models
 
 SHARD_BYTES, SHARD_ENTRIES = 16 * 2**20, 64  # a shard is full at either: some 50 captions or 64 pictures at 1024 px
+VAE_NUMBERS = 1024  # the VAE's encoder holds at once, a pixel: 2 GiB for a picture of 1024 px in fp16
 ABANDONED = 3600.0  # seconds after which a file that is still being written belongs to no living run
 
 
@@ -58,7 +61,7 @@ class Cache:
             "pooled": pooled * kept[:, None],  # (B, P)
             "time_ids": self._stack(pictures, "time_ids"),  # (B, 6)
         }
-        return {name: value.to(device) for name, value in batch.items()}
+        return {name: memory.send(value, device) for name, value in batch.items()}
 
     def prompts_of(self, indices, device) -> dict[str, torch.Tensor]:
         """prompt_embeds (B, L, D) and pooled (B, P) of `indices`, on `device`."""
@@ -119,6 +122,7 @@ def _captions(missing: dict[str, str], recipe) -> Encoded:
 
 
 def _pictures(missing: dict[str, data.Example], recipe) -> Encoded:
+    """Decoded in threads ahead of the VAE; a batch is handed on while the next one is being encoded."""
     device, dtype = models.device_for(recipe.precision), models.DTYPES[recipe.precision]
     vae = models.load_vae(recipe.base, recipe.vae, dtype, device)
     side = recipe.resolution
@@ -126,9 +130,47 @@ def _pictures(missing: dict[str, data.Example], recipe) -> Encoded:
     for key, example in missing.items():
         size = data.bucket(example.size(), side) if recipe.buckets else (side, side)
         sizes.setdefault(size, []).append(key)
-    for size, keys in sizes.items():
-        for part in _parts(keys, max(1, min(32, 1024**2 // side**2))):
-            yield part, encode_pictures(vae, [missing[key] for key in part], size)
+    rows = ((missing[key], size) for size, keys in sizes.items() for key in keys)
+    parts = [part for keys in sizes.values() for part in _parts(keys, _batch(vae, side))]
+    begun = None
+    with contextlib.closing(data.decode_ahead(rows)) as decoded:
+        for part in parts:
+            crops = list(itertools.islice(decoded, len(part)))
+            following = part, crops, encode_pictures(vae, crops), _marked(device)
+            if begun:
+                yield _ended(*begun)
+            begun = following
+    yield _ended(*begun)
+
+
+def _batch(vae, side: int) -> int:
+    """Pictures of side**2 px that are encoded at once: as many as pay, and as half of the free memory holds."""
+    if vae.device.type == "cpu":
+        return max(1, min(32, 1024**2 // side**2))
+    need = VAE_NUMBERS * vae.dtype.itemsize * side**2
+    return max(1, min(32, 4 * 1024**2 // side**2, memory.available(vae.device) // (2 * need)))
+
+
+def _marked(device: torch.device):
+    """An event behind the work that a GPU has been given so far; None on the CPU, which has done it."""
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def _ended(keys: list[str], crops: list[data.Crop], moments: torch.Tensor, event) -> tuple[list[str], list[dict]]:
+    """Keys and entries of a batch, once the device is done with it. Raises ValueError if one is not finite."""
+    if event:
+        event.synchronize()
+    for crop, finite in zip(crops, moments.isfinite().flatten(1).all(1).tolist(), strict=True):
+        if not finite:
+            raise ValueError(
+                f"the VAE gave latents that are not finite for '{crop.name}'; take the fp16-fix VAE or fp32"
+            )
+    ids = torch.tensor([crop.time_ids for crop in crops], dtype=torch.float32)
+    return keys, [{"mean": mean, "std": std, "time_ids": row} for (mean, std), row in zip(moments, ids, strict=True)]
 
 
 def _parts(rows: list, size: int) -> list[list]:
@@ -153,20 +195,18 @@ def encode_prompts(encoders, texts: list[str]) -> list[dict[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def encode_pictures(vae, examples: list[data.Example], size) -> list[dict[str, torch.Tensor]]:
-    """Latents' mean and std (4, h, w), scaled for the U-Net, and time_ids (6,), for each example cropped to `size`."""
-    crops = [data.crop(example.image(), size) for example in examples]
-    images = data.pixels([image for image, _ in crops]).to(vae.device, vae.dtype)
+def encode_pictures(vae, crops: list[data.Crop]) -> torch.Tensor:
+    """Mean and std (B, 2, 4, h, w) of the latents of crops of one size, scaled for the U-Net, in host memory.
+
+    A GPU may still be at it: synchronize before they are read.
+    """
+    pinned = vae.device.type == "cuda"  # pages from which the GPU copies by itself, while the host goes on
+    stack = torch.empty(len(crops), *crops[0].pixels.shape, dtype=torch.uint8, pin_memory=pinned)
+    torch.stack([torch.from_numpy(crop.pixels) for crop in crops], out=stack)
+    images = data.unit(stack.to(vae.device, non_blocking=True)).to(vae.dtype)
     posterior = vae.encode(images).latent_dist
-    scale = vae.config.scaling_factor
-    rows = []
-    for example, mean, std, (_, ids) in zip(examples, posterior.mean, posterior.std, crops, strict=True):
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise ValueError(
-                f"the VAE gave latents that are not finite for '{example.name}'; take the fp16-fix VAE or fp32"
-            )
-        rows.append({"mean": mean * scale, "std": std * scale, "time_ids": torch.tensor(ids, dtype=torch.float32)})
-    return rows
+    moments = torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor
+    return moments.to("cpu", non_blocking=True)
 
 
 class _Shard(NamedTuple):
@@ -211,15 +251,16 @@ def _found(folder: Path, wanted: Iterable[str], copies: _Mirror, show) -> dict[s
 def _fill(folder: Path, missing: dict, encoded: Encoded, phase: str, copies: _Mirror, show) -> None:
     """Writes what `encoded` yields for `missing` into shards, each as soon as it is full."""
     entries, done = {}, 0
-    for keys, rows in encoded:
-        for key, row in zip(keys, rows, strict=True):
-            entries[key] = {name: value.cpu().contiguous() for name, value in row.items()}
-            done += 1
-            if done == len(missing) or _full(entries):
-                copies.put(_save(folder, entries, len(missing) - done))
-                entries = {}
-        if show:
-            show(phase, done, len(missing))
+    with contextlib.closing(encoded):  # also after an interrupt, which would leave its threads at work
+        for keys, rows in encoded:
+            for key, row in zip(keys, rows, strict=True):
+                entries[key] = {name: value.cpu().contiguous() for name, value in row.items()}
+                done += 1
+                if done == len(missing) or _full(entries):
+                    copies.put(_save(folder, entries, len(missing) - done))
+                    entries = {}
+            if show:
+                show(phase, done, len(missing))
 
 
 def _full(entries: dict[str, dict[str, torch.Tensor]]) -> bool:

@@ -115,13 +115,21 @@ PLAIN = SimpleNamespace(
 )  # fmt: skip
 
 
-def compiled() -> SimpleNamespace:
-    """The same functions, each fused into a kernel or two by torch.compile at its first call with a new shape."""
+def compiled(device) -> SimpleNamespace:
+    """The same functions, each fused into a kernel or two by torch.compile at its first call with a new shape.
+
+    Raises RuntimeError with one line if torch.compile does not work on this machine.
+    """
     import torch._dynamo
 
     torch._dynamo.config.recompile_limit = SHAPES  # a graph a shape
     torch._dynamo.config.accumulated_recompile_limit = SHAPES * len(vars(PLAIN))
-    return SimpleNamespace(**{name: torch.compile(f, dynamic=False) for name, f in vars(PLAIN).items()})
+    ops = SimpleNamespace(**{name: torch.compile(f, dynamic=False) for name, f in vars(PLAIN).items()})
+    try:
+        ops.residual(*torch.zeros(2, 1, 1, 1, 1, device=device), None)
+    except Exception as error:  # no C compiler, no Triton for this card: of many kinds
+        raise RuntimeError(f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
+    return ops
 
 
 class AddNorm(Function):

@@ -126,15 +126,21 @@ class Lean:
         reason = unsupported(unet)
         if reason:
             raise ValueError(f"the lean step can't run this U-Net: {reason}")
-        self.unet, self.graphed = unet, rung.graphed
-        self.ops = fused.compiled() if rung.compiled else fused.PLAIN
+        self.unet, self.graphed, self.ops, self.news = unet, rung.graphed, fused.PLAIN, []
         if rung.compiled:
-            unet.to(memory_format=torch.channels_last)
+            self._compile()
         self.projections = []
         _patch(self, unet, STORES[rung.weights], units(unet)[: rung.recompute])
         self._lay_out(parameters)
         self.graphs, self.seen = {}, {}
         self.refresh()
+
+    def _compile(self) -> None:
+        try:
+            self.ops = fused.compiled(self.unet.device)
+            self.unet.to(memory_format=torch.channels_last)
+        except RuntimeError as error:
+            self.news.append(f"torch.compile does not work here ({error}): it goes on without, somewhat slower")
 
     def _lay_out(self, parameters) -> None:
         """Half-precision copies of the LoRA and gradients in flat buffers, in the order of the projections."""
@@ -177,10 +183,23 @@ class Lean:
         key = tuple(inputs["latents"].shape)
         if key not in self.graphs:
             self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] <= AFTER:
+            if self.seen[key] <= AFTER or not self._record(key, inputs, seed):
                 return self._micro_step(inputs, seed)
-            self.graphs[key] = _Graph(self, inputs, seed)
         return self.graphs[key](inputs, seed)
+
+    def _record(self, key, inputs, seed) -> bool:
+        """Whether a CUDA graph of this micro-step could be recorded. Raises torch.OutOfMemoryError."""
+        before = self.grads.clone()
+        try:
+            self.graphs[key] = _Graph(self, inputs, seed)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.graphed = False
+            reason = str(error).splitlines()[0][:120]
+            self.news.append(f"no CUDA graph can be recorded here ({reason}): it goes on without")
+        self.grads.copy_(before)
+        return self.graphed
 
     def _micro_step(self, inputs, seed) -> torch.Tensor:
         losses = step.diffusion_loss(self.unet, **inputs)
@@ -194,17 +213,20 @@ class Lean:
         return held
 
 
+def make_engine(unet, parameters, rung):
+    """What runs the micro-batches as `rung` says: the plain step (`step.Plain`) or the lean one."""
+    return Lean(unet, parameters, rung) if rung.lean else step.Plain(unet, parameters, rung.recompute > 0)
+
+
 class _Graph:
     """One micro-step's kernels as a CUDA graph, replayed on inputs of the same shapes."""
 
     def __init__(self, lean, inputs, seed):
         self.inputs, self.seed = {name: value.clone() for name, value in inputs.items()}, seed.clone()
-        before = lean.grads.clone()
         self.graph = torch.cuda.CUDAGraph()
         pool = next((other.graph.pool() for other in lean.graphs.values()), None)
         with torch.cuda.graph(self.graph, pool=pool):
             self.losses = lean._micro_step(self.inputs, self.seed)
-        lean.grads.copy_(before)
 
     def __call__(self, inputs, seed):
         for name, value in inputs.items():

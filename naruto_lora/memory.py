@@ -1,17 +1,17 @@
-"""Memory: what to give up for it, how much is free, and giving it back."""
+"""Memory: what can be given up for it, how much is free, and giving it back."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
 
 GIB = 2**30
-# Full-size SDXL, rank 16, fp16 under autocast, 1024 px batch 1: peak measured on an H200 (README, 'Full size')
-PEAK_WITHOUT_RECOMPUTE = 12.4 * GIB
-WEIGHTS = 4.8 * GIB
+CONTEXT = 0.45 * GIB  # of the card: the CUDA driver's own and the kernels' code, outside of torch's allocator
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,67 @@ class Rung:
     compiled: bool = False  # element-wise work fused by torch.compile, channels last
     graphed: bool = False  # a micro-step's kernels recorded and replayed as one CUDA graph
 
+    def say(self) -> str:
+        """In a few words."""
+        words = [f"{self.batch} at once", f"{self.recompute} layers recomputed" if self.recompute else ""]
+        words.append("" if self.weights == "resident" else f"frozen weights: {self.weights}")
+        return ", ".join(word for word in words if word)
 
-def recompute_needed(device: torch.device, resolution: int, batch: int) -> bool:
-    """Whether activations must be recomputed in the backward pass (gradient checkpointing) to fit this card.
 
-    Saves 5-7 GiB on full-size SDXL and costs a third more time. Activations grow with the pixels of a
-    micro-batch; a tenth of the card is left for other things.
-    """
+@dataclass(frozen=True)
+class Card:
+    """What of a device matters to a plan; for another than the one here see `Card.of`."""
+
+    name: str
+    free: float  # bytes that torch's allocator can take
+    sm: int = 0  # compute capability: 75 is 7.5; 0 is a CPU
+    processors: int = 0  # streaming multiprocessors
+    host_free: float = 0.0  # bytes of the host's memory
+    triton: bool = False  # torch.compile can make kernels
+    cores: int = 1
+
+    @property
+    def cuda(self) -> bool:
+        return self.sm > 0
+
+    @staticmethod
+    def of(name: str, gib: float, sm: int = 75, processors: int = 40, host_gib: float = 11.0, cores: int = 2) -> Card:
+        """A card of `gib` GiB with nothing on it; CUDA's own share is not free."""
+        return Card(name, gib * GIB - CONTEXT, sm, processors, host_gib * GIB, True, cores)
+
+    @staticmethod
+    def here(device: torch.device) -> Card:
+        """The device as it is now: what other programs and live tensors hold, and a cap set on torch, are taken off."""
+        host, cores = _host_free(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        if device.type != "cuda":
+            return Card("CPU", host, host_free=host, cores=cores or 1)
+        free, total = torch.cuda.mem_get_info(device)
+        cap = torch.cuda.get_per_process_memory_fraction(device) * total
+        free = min(free + torch.cuda.memory_reserved(device), cap) - torch.cuda.memory_allocated(device)
+        about, triton = torch.cuda.get_device_properties(device), importlib.util.find_spec("triton") is not None
+        sm = about.major * 10 + about.minor
+        return Card(about.name, free, sm, about.multi_processor_count, host, triton, cores or 1)
+
+
+def expandable() -> None:
+    """Lets torch's allocator grow its pages, which leaves fewer gaps, unless somebody has set it up otherwise."""
+    if not torch.cuda.is_available() or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
+        return
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`; to a GPU from pinned memory, so that nobody waits for what it is still doing."""
     if device.type != "cuda":
-        return False
-    share = max(1.0, batch * resolution**2 / 1024**2)
-    peak = WEIGHTS + (PEAK_WITHOUT_RECOMPUTE - WEIGHTS) * share
-    return peak > 0.9 * torch.cuda.get_device_properties(device).total_memory
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _host_free() -> float:
+    """Bytes of the host's memory that a new tensor could take."""
+    import psutil  # accelerate needs it too
+
+    return psutil.virtual_memory().available
 
 
 def reset_peak() -> None:
@@ -48,6 +97,14 @@ def reset_peak() -> None:
 def peak_gib() -> float | None:
     """GiB of GPU memory allocated at most since `reset_peak`; None without a GPU."""
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be taken on a GPU: free ones and those in PyTorch's cache, within the process's cap."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device)
+    cap = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    return min(free, cap) + reserved - torch.cuda.memory_allocated(device)
 
 
 def free() -> None:

@@ -207,6 +207,22 @@ def previews(folder: str | Path) -> dict[int, list]:
     return {step: [picture for _, picture in sorted(found[step].items())] for step in sorted(found)}
 
 
+def plan(made):
+    """A memory plan (`plan.Plan`) as a table: a row a rung, the chosen one marked; time beside the first rung's."""
+    first = made.rows[0].seconds
+    return table([
+        {
+            "": "chosen" if row is made.chosen else "",
+            "rung": row.what,
+            "gives up": row.gives_up,
+            "GiB, predicted": f"{row.parts.reserved / 2**30:.2g}" if row.parts.reserved < 2**30 else
+            f"{row.parts.reserved / 2**30:.1f}",
+            "time, modelled": f"{row.seconds / first:.2f}",
+        }
+        for row in made.rows
+    ])
+
+
 def table(rows: list[dict]):
     """Rows of one shape as a small HTML table (with plain text beside it) that a notebook displays."""
     return _Table(rows)

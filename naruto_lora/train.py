@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from . import cache, checkpoint, data, files, lean, lora, memory, models, pipeline, session, step
+from . import plan as plans
 from . import recipe as recipes
 from .progress import Progress
 
@@ -42,12 +43,12 @@ def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     return run.finish(show)
 
 
-def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=None, mirror=None, rungs=None) -> Run:
+def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, rungs=None) -> Run:
     """A run ready for its next step: data checked and encoded, U-Net with LoRA loaded, checkpoint restored.
 
     `rungs` are ways to compute it (`memory.Rung`), each taking less memory than the one before; without them
-    `memory.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one sentence for what is missing
-    or wrong, cheapest checks first.
+    `plan.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one
+    sentence for what is missing or wrong, cheapest checks first.
     """
     begun, recipe, out = time.time(), recipes.load(recipe), Path(out)
     device = models.device_for(recipe.precision)
@@ -60,6 +61,9 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     sources = sources_of(recipe, examples, held)
     for path in each:  # the older one too: another run's checkpoints would be rotated away
         refuse_changes(recipe, sources, checkpoint.read_state(path), path.parent)
+    if rungs is None:
+        done = max((checkpoint.step_of(path) for path in each), default=0)
+        rungs = _rungs(recipe, device, recipe.steps - done, show)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
     copies = mirror and mirror.parent / "cache"
     encoded = cache.encode(examples + held, recipe, folder, show, copies, held=len(held))
@@ -70,6 +74,9 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     unet = models.load_unet(recipe.base, models.DTYPES[recipe.precision], device)
     parameters = lora.inject(unet, recipe.rank, recipe.alpha, recipe.seed)
     checkpoint.enough_disk(out, parameters)
+    if rungs[0].lean and (reason := lean.unsupported(unet)):
+        files.tell(show, f"the plain step, not the lean one: {reason}")
+        rungs = _rungs(recipe, device, 0, show, fast=False)
     run = Run(recipe, out, unet, parameters, trained, held, device, sources, mirror, rungs)
     run.begun = begun
     for path in sorted(each, key=checkpoint.step_of, reverse=True):
@@ -79,6 +86,15 @@ def begin(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
         except OSError as error:  # a mirror that can't be read after all
             files.tell(show, f"{path} can't be copied ({error.strerror or error})")
     return run
+
+
+def _rungs(recipe, device, steps_left: int, show, fast: bool = True) -> list[memory.Rung]:
+    """The ways to compute `recipe` on this machine, the chosen one first; says which. On a CPU the plain step."""
+    fast = fast and device.type == "cuda"
+    made = plans.plan(recipe, memory.Card.here(device), steps_left, lean=fast)
+    if device.type == "cuda":
+        files.tell(show, made.sentence())
+    return made.rungs
 
 
 class Run:
@@ -96,8 +112,8 @@ class Run:
         self.begun, self.forecast, self.interrupts = time.time(), session.Forecast(recipe), session.Interrupts()
         self.stepping = False  # inside the optimizer's step, where weights are half changed
         self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
-        self.rungs = list(rungs or [memory.Rung(recipe.batch, lean=False)])  # the first is how it is computed now
-        self.engine = make_engine(unet, parameters, self.rungs[0])
+        self.rungs = list(rungs or [memory.Rung(recipe.batch, lean=False)])  # the first is in use
+        self.engine = lean.make_engine(unet, parameters, self.rungs[0])
 
     def resume(self, found: Path, show=None) -> None:
         """Goes on from the checkpoint `found`; the mirror's comes into `out` first, with the best one and previews."""
@@ -149,6 +165,8 @@ class Run:
                 return
             with self.forecast.timed("update"):
                 loss, norm = self._update_or_save(show)
+            for text in self.engine.news:
+                self._warn_once(text, show)
             self.step += 1
             self.record["losses"].append(loss)
             self.record["seconds"] = earlier + time.time() - self.begun
@@ -257,9 +275,9 @@ class Run:
                     f"the GPU, or take a smaller resolution; what is trained is kept, run it again to go on"
                 )
             self.rungs.pop(0)
-            self.engine = make_engine(self.unet, self.parameters, self.rungs[0])
+            self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
             memory.free()
-            files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0]}")
+            files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0].say()}")
 
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
         """Gradients of the mean loss over the whole draw, in micro-batches; the losses (E,), on the device."""
@@ -279,8 +297,8 @@ class Run:
             draw.indices[part], latent_noise, draw.dropped[part], draw.flipped[part], self.device
         )
         return inputs | {
-            "timesteps": draw.timesteps[part].to(self.device),
-            "noise": torch.stack([draw.noise[k] for k in part]).to(self.device),
+            "timesteps": memory.send(draw.timesteps[part], self.device),
+            "noise": memory.send(torch.stack([draw.noise[k] for k in part]), self.device),
             "alphas_cumprod": self.alphas_cumprod,
         }
 
@@ -470,13 +488,6 @@ def _ready(mirror: str | Path | None, show) -> Path | None:
         reason = error.strerror or error
         files.tell(show, f"the mirror '{mirror}' can't be used ({reason}); it is tried again at each checkpoint")
     return Path(mirror)
-
-
-def make_engine(unet, parameters, rung: memory.Rung):
-    """What runs the micro-batches as `rung` says: the plain step or the lean one."""
-    if rung.lean:
-        return lean.Lean(unet, parameters, rung)
-    return step.Plain(unet, parameters, rung.recompute > 0)
 
 
 def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:

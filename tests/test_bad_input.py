@@ -316,6 +316,8 @@ def test_adapters_and_samplers(pipe, trained, tmp_path):
         (lambda: pipeline.add_adapter(pipe, "base", trained.folder), ValueError, "'base' can't name an adapter"),
         (lambda: pipeline.add_adapter(pipe, "my.lora", trained.folder), ValueError, "'my.lora' can't name an adapter"),
         (lambda: pipeline.use_adapter(pipe, "stile"), ValueError, "called 'stile'; loaded are base, style"),
+        (lambda: pipeline.add_adapter(pipe, "style", other), ValueError, "called 'style' already; take another name"),
+        (lambda: pipeline.use_adapter(pipe, "style", 2), ValueError, "can't have weight 2; take one from 0 to 1.5"),
         (lambda: pipeline.set_scheduler(pipe, "heun"), ValueError, "no scheduler is called 'heun'; take one of euler,"),
         (lambda: pipeline.draw(pipe, ["x"], resolution=100), ValueError, "100 is not divisible by 8; take 96"),
         (lambda: pipeline.draw(pipe, ["x"], [1, 2], resolution=32), ValueError,

@@ -4,9 +4,11 @@ import errno
 import io
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -302,15 +304,62 @@ def test_buckets_keep_each_pictures_shape(plan, examples, tmp_path, encoders, ba
     assert made.names == ("0", "1", "2", "3", "4")
     vae, no = models.load_vae(base, "", torch.float32, torch.device("cpu")), torch.zeros(1, dtype=torch.bool)
     for place, row in enumerate(rows):
-        alone = cache.encode_pictures(vae, [row], data.bucket(row.size(), 32))[0]
+        alone = cache.encode_pictures(vae, [data.decode(row, data.bucket(row.size(), 32))])[0, 0]
         batch = made.batch([place], [torch.zeros(made.shapes[place])], no, no, "cpu")
-        torch.testing.assert_close(batch["latents"][0], alone["mean"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(batch["latents"][0], alone, rtol=1e-4, atol=1e-5)
         height, width, *_, high, wide = batch["time_ids"][0].tolist()
         assert (height, width) == row.size() and (high, wide) == data.bucket(row.size(), 32)
 
 
-def test_latents_that_are_not_finite_name_their_picture(plan, examples, base):
-    vae = models.load_vae(base, "", torch.float32, torch.device("cpu"))
-    vae.encoder.conv_out.bias.data[0] = float("inf")
-    with pytest.raises(ValueError, match=f"not finite for '{examples[0][0].name}'"):
-        cache.encode_pictures(vae, examples[0][:2], plan.resolution)
+def test_latents_that_are_not_finite_name_their_picture(plan, examples, tmp_path, monkeypatch):
+    whole = cache.encode_pictures
+
+    def broken(vae, crops):
+        moments = whole(vae, crops)
+        moments[[crop.name for crop in crops].index(examples[0][1].name), 1, 0, 0, 0] = float("inf")
+        return moments
+
+    monkeypatch.setattr(cache, "encode_pictures", broken)
+    with pytest.raises(ValueError, match=f"not finite for '{examples[0][1].name}'"):
+        cache.encode(examples[0][:3], plan, tmp_path)
+    assert not shards(tmp_path)
+
+
+def threads():
+    return {thread for thread in threading.enumerate() if thread is not threading.main_thread()}
+
+
+def test_decoding_runs_ahead_and_no_further(examples, monkeypatch):
+    """A GPU that is slower than the decoders must not fill the host's memory with pictures."""
+    monkeypatch.setattr(data, "AHEAD", 5)
+    rows, asked, before = examples[0] * 3, [], threads()
+    pictures = data.decode_ahead((asked.append(n) or row, 32) for n, row in enumerate(rows))
+    for taken in range(1, 20):
+        crop = next(pictures)
+        assert crop.name == rows[taken - 1].name and len(asked) == taken + 5
+        assert (crop.pixels == np.asarray(data.crop(rows[taken - 1].image(), 32)[0])).all()
+    pictures.close()
+    assert threads() == before
+
+
+def test_the_next_batch_is_begun_before_one_is_handed_on(plan, examples, tmp_path, encoders, monkeypatch):
+    """So that a GPU is at work while the shard before is written."""
+    monkeypatch.setattr(cache, "_parts", lambda keys, size: [keys[n : n + 4] for n in range(0, len(keys), 4)])
+    told = []
+    cache.encode(examples[0][:14], plan, tmp_path, lambda *news: told.append((*news[:2], encoders["pictures"])))
+    assert [news[1:] for news in told if news[0] == "pictures"] == [(4, 8), (8, 12), (12, 14), (14, 14)]
+
+
+@pytest.mark.parametrize("kind", ["interrupt", "unreadable"])
+def test_what_cuts_encoding_short_ends_its_threads(plan, examples, tmp_path, monkeypatch, kind):
+    rows, before = list(examples[0]), threads()
+    rows[2] = Example("spoilt.png", "a caption", rows[2].read()[:-200] if kind == "unreadable" else rows[2].source)
+
+    def show(phase, done, total):
+        if phase == "pictures":
+            raise KeyboardInterrupt
+
+    expected = (KeyboardInterrupt, None) if kind == "interrupt" else (ValueError, r"'spoilt.png' can't be read \(.*\)")
+    with pytest.raises(expected[0], match=expected[1]):
+        cache.encode(rows, plan, tmp_path, show)
+    assert threads() == before

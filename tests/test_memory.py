@@ -1,8 +1,9 @@
-"""Memory: when activations are recomputed, and what `free` lets go."""
+"""Memory: what of it is free, and what `free` lets go."""
 
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,28 +11,37 @@ import torch
 from naruto_lora import memory
 
 
-def test_nothing_is_recomputed_on_a_cpu():
-    assert not memory.recompute_needed(torch.device("cpu"), 4096, 64)
+def test_without_a_gpu_there_is_no_peak():
     assert memory.peak_gib() is None
     memory.reset_peak()
 
 
+def test_the_card_here_is_the_cpu_and_what_its_memory_has_free():
+    card = memory.Card.here(torch.device("cpu"))
+    assert not card.cuda and 0 < card.free == card.host_free and card.cores >= 1
+
+
 @pytest.mark.parametrize(
-    "gib, resolution, batch, needed",
+    "free, cap, reserved, allocated, expected",
     [
-        (14.56, 1024, 1, False),  # a T4, both recipes
-        (14.56, 256, 12, False),
-        (14.56, 1024, 2, True),
-        (8, 1024, 1, True),
-        (8, 256, 12, True),
-        (79, 1024, 8, False),
-        (79, 1024, 12, True),
+        (14.0, 1.0, 0.0, 0.0, 14.0),
+        (6.0, 1.0, 8.0, 5.0, 9.0),  # what torch has taken and does not use counts as free, live tensors do not
+        (14.0, 0.5, 2.0, 1.0, 6.5),  # a cap on torch, half of 15 GiB here
     ],
 )
-def test_recompute_by_card(monkeypatch, gib, resolution, batch, needed):
-    card = type("Card", (), {"total_memory": gib * memory.GIB})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    assert memory.recompute_needed(torch.device("cuda"), resolution, batch) is needed
+def test_what_a_gpu_has_free(monkeypatch, free, cap, reserved, allocated, expected):
+    about = SimpleNamespace(name="a card", major=7, minor=5, multi_processor_count=40)
+    answers = {
+        "mem_get_info": (free * memory.GIB, 15 * memory.GIB),
+        "get_per_process_memory_fraction": cap,
+        "memory_reserved": reserved * memory.GIB,
+        "memory_allocated": allocated * memory.GIB,
+        "get_device_properties": about,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+    card = memory.Card.here(torch.device("cuda"))
+    assert (card.name, card.free / memory.GIB, card.sm, card.processors) == ("a card", expected, 75, 40)
 
 
 def test_free_lets_go_of_garbage_and_of_a_kept_traceback(monkeypatch):
@@ -72,3 +82,13 @@ def test_free_lets_go_of_what_a_failed_cell_held():
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("cap, expected", [(1.0, 30 + 5), (0.3, 30 - 20 + 5)])
+def test_what_is_available_counts_the_cache_and_the_cap(monkeypatch, cap, expected):
+    """Of 100 bytes 30 are free and 20 reserved, 15 of these in use; others have the rest."""
+    told = {"mem_get_info": (30, 100), "memory_reserved": 20, "memory_allocated": 15,
+            "get_per_process_memory_fraction": cap}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.available(torch.device("cuda")) == expected

@@ -12,9 +12,10 @@ import naruto_lora
 
 FOLDER = Path(naruto_lora.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython")
+HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython",
+         "huggingface_hub", "bitsandbytes", "pandas", "scipy", "torch._dynamo", "torch._inductor", "torchvision")
 ORDER = ("files", "progress", "recipe", "data", "models", "memory", "cache", "lora", "step", "checkpoint", "pipeline",
-         "session", "train", "compare", "metrics", "report", "colab")
+         "gallery", "session", "train", "compare", "metrics", "report", "colab")
 
 
 def run(code, cwd):

@@ -43,6 +43,17 @@ def unet():
     return UNet2DConditionModel(**UNET)
 
 
+def write_vae(folder: Path) -> None:
+    """A random VAE in `folder`/vae, fp16, and what else says that `folder` is an SDXL; needs a GPU."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float16)
+    with torch.device("cuda"):
+        AutoencoderKL(**VAE).save_pretrained(folder / "vae")
+    torch.set_default_dtype(torch.float32)
+
+
 def write(folder: Path, tokenizers: Path) -> Path:
     """A random SDXL in diffusers' layout, fp16 (7 GB), tokenizers and index those of another base; needs a GPU."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler

@@ -27,13 +27,13 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import script
 import torch
 
 from naruto_lora import cache, data, metrics, pipeline, recipe, report, step, train
 from naruto_lora.tiny import BASE, world
 
 ROOT = Path(train.__file__).parents[1]
-SCRIPT = "examples/text_to_image/train_text_to_image_lora_sdxl.py"
 RATE, RANK, BATCH, SIZE = 2e-3, 16, 8, 64  # SIZE in px
 HELD = 96  # hold-out pictures, of people that the training pictures don't show
 GUIDANCE = (2, 4)
@@ -120,15 +120,13 @@ def run_stock(options, seed: int, steps: int, folder: Path) -> tuple[Path, dict[
     Raises RuntimeError with the end of its log if it fails.
     """
     folder.mkdir(parents=True)
-    values = {
-        "pretrained_model_name_or_path": BASE, "train_data_dir": options.out / "training", "output_dir": folder,
-        "cache_dir": folder / "cache", "resolution": SIZE, "train_batch_size": BATCH, "gradient_accumulation_steps": 1,
-        "max_train_steps": steps, "checkpointing_steps": steps, "learning_rate": RATE, "lr_scheduler": "cosine",
-        "lr_warmup_steps": 0, "rank": RANK, "seed": seed, "mixed_precision": "no",
-    }
-    command = [sys.executable, options.out / "stock_script.py", "--center_crop"]
-    command += [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    command += ["--use_8bit_adam"] if torch.cuda.is_available() else []  # as ours does
+    command = [sys.executable, str(options.out / "stock_script.py")] + script.arguments(
+        pretrained_model_name_or_path=BASE, train_data_dir=options.out / "training", output_dir=folder,
+        cache_dir=folder / "cache", resolution=SIZE, center_crop=True, train_batch_size=BATCH,
+        gradient_accumulation_steps=1, max_train_steps=steps, checkpointing_steps=steps, learning_rate=RATE,
+        lr_scheduler="cosine", lr_warmup_steps=0, rank=RANK, seed=seed, mixed_precision="no",
+        use_8bit_adam=torch.cuda.is_available(),  # as ours does
+    )
     marks, shown = {}, b""
     with open(folder / "log.txt", "wb") as log, subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -332,10 +330,7 @@ def write(options, rows: list[dict]) -> None:
 
 def prepare(options) -> None:
     """The script's copy, the pictures and their encodings. SystemExit if the script is missing, or DIR another's."""
-    if not options.stock.is_file():
-        sys.exit(f"there is no stock script at '{options.stock}'; take {SCRIPT} of the release tag of your diffusers "
-                 f"from https://github.com/huggingface/diffusers")
-    source = options.stock.read_text(encoding="utf-8")
+    source = script.found(options.stock).read_text(encoding="utf-8")
     settings = {name: getattr(options, name) for name in ("steps", "pictures", "prompts")}
     settings |= {"stock_sha256": hashlib.sha256(source.encode()).hexdigest()}
     file = options.out / "settings.json"
@@ -352,7 +347,7 @@ def prepare(options) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--stock", type=Path, required=True, help=f"diffusers' {SCRIPT}")
+    parser.add_argument("--stock", type=Path, required=True, help=f"diffusers' {script.NAME}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=700, help="updates")
     parser.add_argument("--seeds", type=int, default=3)
