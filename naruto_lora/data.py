@@ -19,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from . import files, hub
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 THREADS = 2  # that decode, beside each other since Pillow lets go of the interpreter; Colab has two cores
@@ -75,7 +77,7 @@ def _unreadable(name: str, error: Exception) -> str:
 
 
 def load(dataset: str | Path) -> list[Example]:
-    """Captioned pictures of a folder (metadata.jsonl, or a .txt beside each picture, or parquet) or a hub id.
+    """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one or a hub id.
 
     Each picture is opened and each caption looked at, so that bad ones are named at once.
     Raises FileNotFoundError for a missing folder or hub data set, ValueError for anything wrong inside.
@@ -83,6 +85,8 @@ def load(dataset: str | Path) -> list[Example]:
     folder = Path(dataset).expanduser()
     if not str(dataset).strip():
         raise FileNotFoundError("no data set is named; give a folder or a hub id")
+    if folder.suffix.lower() == ".zip":
+        folder = files.unzip(folder)
     if folder.is_dir():
         examples = _from_folder(folder)
     elif _like_hub_id(dataset):
@@ -170,8 +174,11 @@ def _from_hub(dataset: str) -> list[Example]:
     import datasets
 
     try:
-        table = datasets.load_dataset(dataset, split="train")
+        place = dataset if Path(dataset).is_dir() else str(hub.data_set(dataset))
+        table = datasets.load_dataset(place, split="train")
     except Exception as error:  # the hub's client raises many kinds; a user needs one sentence
+        if isinstance(error, (FileNotFoundError, TimeoutError)) and dataset in str(error):
+            raise
         reason = textwrap.shorten(str(error), 80, placeholder=" ...")
         raise FileNotFoundError(
             f"'{dataset}' is neither a folder here nor a data set that can be fetched from the hub "

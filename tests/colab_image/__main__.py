@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 IMAGES = {"july": "3.12", "august": "3.13", "floors": "3.11"}
-CHANGES = [r"\+-e .*naruto_lora", r"\+bitsandbytes==[\d.]+", r"-torchao==0\.10\.0"]  # all that set-up may change
+CHANGES = [r"\+-e .*", r"\+bitsandbytes==[\d.]+", r"-torchao==0\.10\.0"]  # all that set-up may change
 
 
 def main() -> int:
@@ -122,7 +122,8 @@ def python(folder: Path, *arguments: str, cwd: Path | None = None) -> subprocess
 
 
 def freeze(folder: Path) -> list[str]:
-    return python(folder, "-m", "pip", "freeze").stdout.splitlines()
+    lines = python(folder, "-m", "pip", "freeze").stdout.splitlines()
+    return [line for line in lines if not line.startswith("#")]
 
 
 if __name__ == "__main__":
