@@ -59,12 +59,9 @@ class Card:
         host, cores = _host_free(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if device.type != "cuda":
             return Card("CPU", host, host_free=host, cores=cores or 1)
-        free, total = torch.cuda.mem_get_info(device)
-        cap = torch.cuda.get_per_process_memory_fraction(device) * total
-        free = min(free + torch.cuda.memory_reserved(device), cap) - torch.cuda.memory_allocated(device)
         about, triton = torch.cuda.get_device_properties(device), importlib.util.find_spec("triton") is not None
         sm = about.major * 10 + about.minor
-        return Card(about.name, free, sm, about.multi_processor_count, host, triton, cores or 1)
+        return Card(about.name, available(device), sm, about.multi_processor_count, host, triton, cores or 1)
 
 
 def expandable() -> None:

@@ -1,7 +1,7 @@
 """The memory plan: a ladder of ways to compute a recipe's steps, and the first that fits the card.
 
-Every rung has the same effective batch. Times are modelled: FLOPs at the rates that a T4 sustains (README,
-'Memory'), scaled by the card's kind; they rank the rungs and say whether compiling pays, no more.
+Every rung has the same effective batch. Times are modelled: FLOPs at the rates that a T4 sustains (see
+`tests/benchmarks/t4.py`), scaled by the card's kind; they rank the rungs and say whether compiling pays, no more.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class Plan:
         row, rung = self.chosen, self.rung
         if not self.card.cuda:
             return f"On the CPU: {row.what}, about {row.parts.reserved / GIB:.1f} GiB of memory."
+        what = row.what if row.gives_up == "nothing" else f"{row.what} (costs {row.gives_up})"
         text = (
-            f"{self.card.name}, {self.card.free / GIB:.1f} GiB free: {row.what}, about {row.parts.reserved / GIB:.1f} "
+            f"{self.card.name}, {self.card.free / GIB:.1f} GiB free: {what}, about {row.parts.reserved / GIB:.1f} "
             f"GiB; {rung.batch} x {self.recipe.pictures_per_step // rung.batch} pictures a step"
         )
         return f"{text}; {self._compiling()}."
@@ -94,9 +95,12 @@ class Plan:
 
 
 def here(recipe, steps_left: int | None = None, lean: bool = True) -> Plan:
-    """`plan` for the device that `recipe` would run on now, by default for all its steps. Raises RuntimeError."""
-    device = models.device_for(recipe.precision)
-    return plan(recipe, Card.here(device), recipe.steps if steps_left is None else steps_left, lean)
+    """`plan` for the device that `recipe` would run on now, by default for all its steps; on a CPU the plain step's.
+
+    Raises RuntimeError.
+    """
+    card = Card.here(models.device_for(recipe.precision))
+    return plan(recipe, card, recipe.steps if steps_left is None else steps_left, lean and card.cuda)
 
 
 def plan(recipe, card: Card, steps_left: int, lean: bool = True) -> Plan:
@@ -137,7 +141,7 @@ def ladder(recipe, card: Card, limit: float, lean: bool = True) -> list[Row]:
     def row(what: str, gives_up: str, **settings) -> Row:
         return _row(what, gives_up, Rung(lean=lean, **settings), recipe, card)
 
-    units, batch = predict.shape(recipe.base, recipe.resolution).units, recipe.batch
+    units, batch = predict.shape_of(recipe).units, recipe.batch
     whole = row("nothing recomputed", "nothing", batch=batch)
     rows = [*_larger(row, whole, recipe, limit), whole]
     less = min(limit, STEP_DOWN * whole.parts.reserved)
@@ -148,10 +152,10 @@ def ladder(recipe, card: Card, limit: float, lean: bool = True) -> list[Row]:
     smaller = [size for size in _divisors(recipe.pictures_per_step) if size < batch]
     if smaller:
         rows.append(_first(
-            (row(f"{every}, {size} pictures at once", "time", batch=size, recompute=units) for size in smaller), limit
+            (row(f"{every}, {_at_once(size)}", "time", batch=size, recompute=units) for size in smaller), limit
         ))  # fmt: skip
     kinds = {
-        "host": ("frozen weights in the host's memory", "time: they cross the bus at each use"),
+        "host": ("frozen weights in the host's memory", "time, as they cross the bus at each use"),
         "int8": ("frozen weights in 8 bits", "exactness, and some time"),
         "nf4": ("frozen weights in 4 bits", "exactness, and some time"),
     }
@@ -165,7 +169,7 @@ def _packed(row, what: str, gives_up: str, weights: str, units: int, sizes: list
     for size in sizes:
         count = _fewest(row, limit, units, batch=size, weights=weights)
         more = f", {count} of {units} layers recomputed" if count else ""
-        more += f", {size} pictures at once" if size < sizes[0] else ""
+        more += f", {_at_once(size)}" if size < sizes[0] else ""
         yield row(what + more, gives_up, batch=size, recompute=count, weights=weights)
 
 
@@ -192,9 +196,13 @@ def _fewest(row, limit: float, units: int, **settings) -> int:
 def _larger(row, whole: Row, recipe, limit: float) -> list[Row]:
     """The row with the largest micro-batch that fits with room to spare, if it saves enough time."""
     sizes = [size for size in _divisors(recipe.pictures_per_step) if size > recipe.batch]
-    rows = (row(f"nothing recomputed, {size} pictures at once", "nothing", batch=size) for size in sizes)
+    rows = (row(f"nothing recomputed, {_at_once(size)}", "nothing", batch=size) for size in sizes)
     paying = (each for each in rows if each.seconds < (1 - PAYS) * whole.seconds)
     return [each for each in paying if each.parts.reserved <= ROOM * limit][:1]
+
+
+def _at_once(size: int) -> str:
+    return f"{size} picture{'s' if size > 1 else ''} at once"
 
 
 def _divisors(count: int) -> list[int]:
@@ -205,7 +213,7 @@ def _divisors(count: int) -> list[int]:
 def _row(what: str, gives_up: str, rung: Rung, recipe, card: Card) -> Row:
     many = recipe.buckets and rung.batch > 1  # shapes of micro-batches, a graph for each
     rung = replace(rung, graphed=card.cuda and rung.lean and rung.weights != "host" and not many)
-    shape = predict.shape(recipe.base, recipe.resolution)
+    shape = predict.shape_of(recipe)
     size = models.DTYPES[recipe.precision].itemsize
     host = PINNED * shape.linear * size if rung.weights == "host" else 0
     return Row(what, gives_up, rung, predict.predict(shape, rung, recipe, card.cuda), seconds(rung, recipe, card), host)
@@ -220,7 +228,7 @@ def break_even(rung: Rung, recipe, card: Card) -> tuple[float, float]:
 
 def seconds(rung: Rung, recipe, card: Card) -> float:
     """Of a step, modelled."""
-    shape, size = predict.shape(recipe.base, recipe.resolution), models.DTYPES[recipe.precision].itemsize
+    shape, size = predict.shape_of(recipe), models.DTYPES[recipe.precision].itemsize
     speed = _speed(card)
     work = picture_seconds(shape, rung.recompute, recipe.rank, size) * (1 if rung.lean else 1.3) / speed
     work *= rung.batch * (COMPILED if rung.compiled else 1)

@@ -43,7 +43,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a prediction needs to know of a U-Net at one resolution."""
+    """What a prediction needs to know of a U-Net at one size of latents."""
 
     layers: tuple[Layer, ...]  # in the order of the forward pass
     numbers: int  # of the frozen weights
@@ -51,6 +51,7 @@ class Shape:
     largest: int  # of these in one layer
     sides: tuple[int, ...]  # of the LoRA's matrices: each has side * rank numbers
     waiting: int  # numbers a picture that wait for the last up block and that no layer keeps
+    skips: int  # numbers a picture of the skip connections
     text: int  # channels of a caption's embedding
     pixels: int  # of a latent
 
@@ -78,20 +79,25 @@ class Parts:
         return sum(getattr(self, part.name) for part in fields(self)) - self.context
 
 
+def shape_of(recipe) -> Shape:
+    """The sizes of a recipe's U-Net, for square pictures."""
+    return shape(recipe.base, recipe.resolution // models.pixels_a_latent(recipe.base, recipe.vae))
+
+
 @functools.cache
-def shape(base: str, resolution: int) -> Shape:
-    """The sizes of the U-Net of `base` (hub id or folder) for square pictures of `resolution` px."""
+def shape(base: str, side: int) -> Shape:
+    """The sizes of the U-Net of `base` (hub id or folder) for latents of `side` x `side`."""
     from diffusers import UNet2DConditionModel
 
     models.quiet()
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(models.unet_config(base))
-    return shape_of(unet, resolution)
+    return measure(unet, side)
 
 
-def shape_of(unet, resolution: int) -> Shape:
+def measure(unet, side: int) -> Shape:
     """`shape` of a U-Net on meta tensors, without LoRA."""
-    calls, skips = _trace(unet, resolution)
+    calls, skips = _trace(unet, side)
     places = {id(unit): place for place, unit in enumerate(lean.units(unet))}
     joining = {id(resnet) for block in unet.up_blocks for resnet in block.resnets}
     layers, kept, first = [], set(), True
@@ -119,15 +125,16 @@ def shape_of(unet, resolution: int) -> Shape:
         max(m.weight.numel() for m in linear),
         tuple(side for m in adapted for side in m.weight.shape),
         sum(skip.numel() for skip in skips[:last] if id(skip) not in kept),
+        sum(skip.numel() for skip in skips),
         unet.config.cross_attention_dim,
-        (resolution // 8) ** 2,
+        side**2,
     )
 
 
 KINDS = {"BasicTransformerBlock": "block", "ResnetBlock2D": "resnet"}
 
 
-def _trace(unet, resolution: int):
+def _trace(unet, side: int):
     """A forward pass: [(module, what came in, what went out)] of its layers in order; the skip connections."""
     calls, skips = [], []
 
@@ -140,7 +147,7 @@ def _trace(unet, resolution: int):
         noted = module.norm if type(module).__name__ == "Transformer2DModel" else module
         if noted is not module or type(module).__name__ in KINDS or module is unet.conv_norm_out:
             hooks.append(noted.register_forward_hook(note, with_kwargs=True))
-    side, config, like = resolution // 8, unet.config, {"device": "meta", "dtype": unet.dtype}
+    config, like = unet.config, {"device": "meta", "dtype": unet.dtype}
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     added = {"text_embeds": torch.empty(1, pooled, **like), "time_ids": torch.empty(1, 6, **like)}
     text = torch.empty(1, TOKENS, config.cross_attention_dim, **like)
@@ -221,6 +228,12 @@ def peak(shape: Shape, rung: Rung, rank: int, size: int) -> tuple[float, float]:
     return kept * size, moment * size
 
 
+def evaluation(shape: Shape, rung: Rung, rank: int, size: int) -> float:
+    """Numbers at the peak of a forward pass that needs no gradients."""
+    most = max(cost(layer, rung.batch, rank, size).forward for layer in shape.layers)
+    return rung.batch * (shape.skips + TOKENS * shape.text) + most
+
+
 def predict(shape: Shape, rung: Rung, recipe, cuda: bool = True) -> Parts:
     """Bytes by part that `rung` takes at the peak of a step."""
     size = models.DTYPES[recipe.precision].itemsize
@@ -229,8 +242,8 @@ def predict(shape: Shape, rung: Rung, recipe, cuda: bool = True) -> Parts:
     copies = 2 * size if rung.lean else size  # autocast keeps one
     if rung.weights != "resident":
         moment += shape.largest * size
-    if rung.graphed:  # the evaluations beside the graph's own memory
-        moment += WORKSPACE
+    if rung.graphed:  # beside the graph's own memory: the hold-out's forward passes, cuBLAS's workspaces again
+        moment += WORKSPACE + size * evaluation(shape, rung, recipe.rank, size)
     held = (
         (shape.numbers - shape.linear) * size + shape.linear * stored(rung.weights, size),
         trained * (4 + 4 + copies),

@@ -61,9 +61,12 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
     sources = sources_of(recipe, examples, held)
     for path in each:  # the older one too: another run's checkpoints would be rotated away
         refuse_changes(recipe, sources, checkpoint.read_state(path), path.parent)
+    memory.free()
+    memory.expandable()
+    card = memory.Card.here(device)  # before anything is on it
     if rungs is None:
         done = max((checkpoint.step_of(path) for path in each), default=0)
-        rungs = _rungs(recipe, device, recipe.steps - done, show)
+        rungs = _rungs(recipe, card, recipe.steps - done, show)
     folder = Path(cache_folder) if cache_folder else out.parent / "cache"
     copies = mirror and mirror.parent / "cache"
     encoded = cache.encode(examples + held, recipe, folder, show, copies, held=len(held))
@@ -76,7 +79,7 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
     checkpoint.enough_disk(out, parameters)
     if rungs[0].lean and (reason := lean.unsupported(unet)):
         files.tell(show, f"the plain step, not the lean one: {reason}")
-        rungs = _rungs(recipe, device, 0, show, fast=False)
+        rungs = _rungs(recipe, card, 0, show, fast=False)
     run = Run(recipe, out, unet, parameters, trained, held, device, sources, mirror, rungs)
     run.begun = begun
     for path in sorted(each, key=checkpoint.step_of, reverse=True):
@@ -88,11 +91,10 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
     return run
 
 
-def _rungs(recipe, device, steps_left: int, show, fast: bool = True) -> list[memory.Rung]:
+def _rungs(recipe, card: memory.Card, steps_left: int, show, fast: bool = True) -> list[memory.Rung]:
     """The ways to compute `recipe` on this machine, the chosen one first; says which. On a CPU the plain step."""
-    fast = fast and device.type == "cuda"
-    made = plans.plan(recipe, memory.Card.here(device), steps_left, lean=fast)
-    if device.type == "cuda":
+    made = plans.plan(recipe, card, steps_left, lean=fast and card.cuda)
+    if card.cuda:
         files.tell(show, made.sentence())
     return made.rungs
 

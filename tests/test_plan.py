@@ -7,7 +7,7 @@ import pytest
 import torch
 from benchmarks import sdxl
 
-from naruto_lora import plan, recipe, report
+from naruto_lora import plan, predict, recipe, report
 from naruto_lora.memory import CONTEXT, GIB, Card
 
 SIZES = (6, 8, 10, 12, 14.56, 24, 80)
@@ -18,9 +18,10 @@ RECIPES = ("naruto-1024", "naruto-256")
 def named(tmp_path_factory):
     """The named recipes with a base that has a configuration alone."""
     folder = tmp_path_factory.mktemp("base")
-    (folder / "unet").mkdir()
-    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel"} | sdxl.UNET))
-    return lambda name, **changes: recipe.load(name, base=str(folder), **changes)
+    for part, config in (("unet", sdxl.UNET), ("vae", sdxl.VAE)):
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config))
+    return lambda name, **changes: recipe.load(name, base=str(folder), vae="", **changes)
 
 
 def down(made):
@@ -58,6 +59,7 @@ def test_each_step_down_takes_less_until_there_is_none(named, name, gib, process
     taken = [made.chosen.parts.reserved for made in plans]
     assert len(plans) > 3 and all(b < a for a, b in zip(taken, taken[1:], strict=False))
     assert plans[-1].rung.weights == "host"  # exact to the end
+    assert plans[0].rungs == [made.rung for made in plans]
     assert all(of.pictures_per_step % made.rung.batch == 0 for made in plans)
 
 
@@ -79,7 +81,7 @@ def test_as_few_layers_as_fit_are_recomputed(named):
     of = named("naruto-1024")
     made = plan.plan(of, Card.of("card", 8), of.steps)
     count = made.rung.recompute
-    assert 0 < count < plan.predict.shape(of.base, 1024).units
+    assert 0 < count < predict.shape_of(of).units
     one_less = plan._row("", "", plan.Rung(1, recompute=count - 1), of, made.card)
     assert one_less.parts.reserved > made.limit >= made.chosen.parts.reserved
 
@@ -125,13 +127,13 @@ def test_buckets_cost_a_compilation_a_shape(named):
 
 def test_the_plain_step_has_a_ladder_too(named):
     of = named("naruto-1024")
-    for gib, recompute in ((14.56, 0), (8, plan.predict.shape(of.base, 1024).units)):
+    for gib, recompute in ((14.56, 0), (8, predict.shape_of(of).units)):
         rung = plan.plan(of, Card.of("card", gib), of.steps, lean=False).rung
         assert (rung.lean, rung.recompute, rung.compiled, rung.graphed) == (False, recompute, False, False)
 
 
 def test_on_a_cpu_it_is_one_row(base):
-    of = recipe.load("naruto-256", base=base, resolution=32, precision="fp32")
+    of = recipe.load("naruto-256", base=base, vae="", resolution=32, precision="fp32")
     made = plan.plan(of, Card.here(torch.device("cpu")), of.steps)
     assert len(made.rows) == 1 and made.next() is None
     assert made.rung == plan.Rung(of.batch) and made.sentence().startswith("On the CPU: nothing recomputed")

@@ -1,5 +1,6 @@
 """The prediction of memory: what the real step keeps, and holds at most, beside what the formulas say."""
 
+import math
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from naruto_lora import lean, lora, memory, models, predict, step
 
-RANK, SIDE, FP32 = 4, 64, 4
+RANK, SIDE, FP32 = 4, 8, 4
 
 
 class Live(TorchDispatchMode):
@@ -49,7 +50,7 @@ def id_of(tensor):
 
 
 def inputs(unet, batch: int) -> dict:
-    latents = torch.randn(batch, 4, SIDE // 8, SIDE // 8)
+    latents = torch.randn(batch, 4, SIDE, SIDE)
     pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
     return {
         "latents": latents,
@@ -79,6 +80,26 @@ def test_what_the_lean_step_keeps_and_holds_at_most(base, batch, recompute):
     predicted = sum(predict.keeps(layer, rung, RANK, FP32) for layer in shape.layers)
     assert predicted * FP32 == pytest.approx(kept, rel=0.02)
     assert sum(predict.peak(shape, rung, RANK, FP32)) - text == pytest.approx(live.most, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["block", "resnet"])
+def test_one_layer_alone_holds_at_most_what_is_said_of_it(base, kind):
+    unet = models.load_unet(base, torch.float32, "cpu")
+    lean.Lean(unet, lora.inject(unet, RANK, RANK), memory.Rung(2))
+    layer = [each for each in predict.shape(base, SIDE).layers if each.kind == kind][-1]
+    side, batch = math.isqrt(layer.rows), 2
+    if kind == "block":
+        x = torch.randn(batch, layer.rows, layer.width)
+        given = {"encoder_hidden_states": torch.randn(batch, predict.TOKENS, layer.text)}
+    else:
+        x = torch.randn(batch, layer.width, side, side)
+        given = {"temb": torch.randn(batch, unet.time_embedding.linear_2.out_features)}
+    x.requires_grad_(True)
+    with Live() as live:
+        out = lean.units(unet)[layer.place](x, **given)
+        out.backward(torch.ones_like(out))
+    of = predict.cost(layer, batch, RANK, FP32)
+    assert (of.inside + of.backward) * FP32 == pytest.approx(live.most, rel=0.1)
 
 
 def test_the_weights_and_the_lora_are_counted_as_they_are(base):
