@@ -14,9 +14,9 @@ FOLDER = Path(naruto_lora.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython",
          "huggingface_hub", "bitsandbytes", "pandas", "scipy", "torch._dynamo", "torch._inductor", "torchvision")
-ORDER = ("files", "hub", "progress", "recipe", "data", "models", "memory", "cache", "lora", "step", "fused", "lean", "predict",
-         "plan", "checkpoint", "pipeline", "gallery", "session", "train", "speed", "compare", "metrics", "report", "preflight",
-         "colab")
+ORDER = ("files", "hub", "progress", "recipe", "data", "models", "memory", "cache", "lora", "step", "fused", "lean",
+         "predict", "plan", "checkpoint", "pipeline", "gallery", "session", "train", "speed", "compare", "metrics",
+         "report", "preflight", "colab")
 
 
 def run(code, cwd):
