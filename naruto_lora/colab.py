@@ -26,12 +26,16 @@ def on_colab() -> bool:
         return False
 
 
-def check_parameters(cells: list[str]) -> None:
+def check_parameters(cells: list[str] | None = None) -> None:
     """Raises ValueError, with the nearest name, for a parameter that papermill gave and the notebook doesn't have.
 
-    `cells` are the sources that ran so far (IPython's `In`): the form, whose lines say `@param`, and the cell that
-    papermill puts after it. Papermill itself only warns.
+    `cells` are the sources that ran so far, by default this notebook's: the form, whose lines say `@param`, and the
+    cell that papermill puts after it. Papermill itself only warns.
     """
+    if cells is None:
+        from IPython import get_ipython
+
+        cells = get_ipython().user_ns["In"]
     declared = {name for cell in cells if "# @param" in cell for name in _assigned(cell)}
     given = {name for cell in cells if cell.startswith("# Parameters\n") for name in _assigned(cell)}
     for name in sorted(given - declared) if declared else ():
@@ -89,20 +93,24 @@ def _on_drive(path: Path) -> Path | None:
     return Path("/content/drive/MyDrive/naruto_lora") / path
 
 
+def done(recipe, folder: Path, mirror: Path | None = None) -> int:
+    """Steps that the newest usable checkpoint of `recipe`'s run has, here or in the mirror; 0 without one."""
+    newest = checkpoint.newest([place / recipe.name for place in (folder, mirror) if place], _Silent())
+    return checkpoint.step_of(newest) if newest else 0
+
+
 def state(recipe, folder: Path, mirror: Path | None = None) -> str:
-    """What is kept where, and whether a run of `recipe` to go on with was found, in a few lines."""
-    kept = "and copied to Google Drive as it comes" if mirror else "on this machine's disk alone"
+    """What is kept where, and whether a run of `recipe` to go on with was found, in two lines."""
+    kept = "and copied to Google Drive as they come" if mirror else "on this machine's disk alone"
     if on_colab() and not mirror:
         kept += ", which goes with it: download what you want to keep"
-    lines = [f"Results are in the folder '{folder.name}', {kept}."]
-    newest = checkpoint.newest([place / recipe.name for place in (folder, mirror) if place], _Silent())
-    if newest is None:
-        lines.append(f"There is no run of {recipe.name} yet.")
-    elif checkpoint.step_of(newest) >= recipe.steps:
-        lines.append(f"{recipe.name} was trained to its end: {recipe.steps} steps.")
-    else:
-        lines.append(f"{recipe.name} was found at step {checkpoint.step_of(newest)} of {recipe.steps}: it goes on.")
-    return "\n".join(lines)
+    found, name = done(recipe, folder, mirror), recipe.name
+    run = f"There is no run of {name} yet."
+    if found:
+        run = f"{name} was found at step {found} of {recipe.steps}: training goes on from there."
+    if found >= recipe.steps:
+        run = f"{name} was found trained to its end, step {found}."
+    return f"Results are in the folder '{folder.name}', {kept}.\n{run}"
 
 
 class _Silent:

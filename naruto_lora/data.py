@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import io
@@ -195,6 +196,25 @@ def _from_row(number: int, row: dict) -> Example:
     name = Path(image.get("path") or f"{number:05d}").name
     source = image.get("bytes") or (Path(image["path"]) if image.get("path") else b"")
     return Example(name, "" if row["text"] is None else row["text"], source)
+
+
+def look(examples: list[Example], resolution: int) -> list[dict]:
+    """Rows for a table: what in a data set may spoil a LoRA at `resolution` px, how often, and an example of each."""
+    sizes = [example.size() for example in examples]
+    seen, captions = set(), collections.Counter(example.caption.strip() for example in examples)
+    faults = {
+        f"smaller than {resolution} px: blurred": [e for e, size in zip(examples, sizes, strict=True)
+                                                   if min(size) < resolution],
+        "a third or more is cropped away": [e for e, size in zip(examples, sizes, strict=True)
+                                            if min(size) < 2 / 3 * max(size)],
+        "the same picture again": [e for e in examples if e.digest in seen or seen.add(e.digest)],
+        "a caption that others have too": [e for e in examples if captions[e.caption.strip()] > 1],
+        "a caption of 60 words or more: its end may not be read": [e for e in examples if len(e.caption.split()) >= 60],
+    }  # fmt: skip
+    return [
+        {"what": what, "pictures": f"{len(f)} of {len(examples):,}", "for example": f[0].name if f else ""}
+        for what, f in faults.items()
+    ]
 
 
 def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:

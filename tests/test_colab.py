@@ -124,11 +124,12 @@ def test_a_parameter_that_is_not_there_is_refused_with_the_nearest_name(cells, s
 
 
 def test_the_state_says_whether_a_run_goes_on(plan, trained, tmp_path):
+    assert colab.done(plan, tmp_path) == 0 and colab.done(plan, tmp_path, trained.folder.parent) == 6
     assert "There is no run of few yet." in colab.state(plan, tmp_path)
-    assert "few was trained to its end: 6 steps." in colab.state(plan, trained.folder.parent)
+    assert "few was found trained to its end, step 6." in colab.state(plan, trained.folder.parent)
     longer = plan.replace(legs=(*plan.legs, {"until": 9, "lr": 1e-3}))
     said = colab.state(longer, tmp_path, trained.folder.parent)  # found in the mirror alone
-    assert "few was found at step 6 of 9: it goes on." in said and "copied to Google Drive" in said
+    assert "few was found at step 6 of 9: training goes on" in said and "copied to Google Drive as they come" in said
 
 
 def test_an_adapter_is_found_by_name_or_path_or_as_the_newest(trained, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from naruto_lora import recipe
 from naruto_lora.recipe import RECIPES, Leg, Recipe, load
 
 
