@@ -223,6 +223,12 @@ def plan(made):
     ])
 
 
+def record_of(folder: str | Path) -> dict | None:
+    """The record (run.json) of the run in `folder`; None if there is none."""
+    file = Path(folder) / "run.json"
+    return read_json(file) if file.is_file() else None
+
+
 def table(rows: list[dict]):
     """Rows of one shape as a small HTML table (with plain text beside it) that a notebook displays."""
     return _Table(rows)

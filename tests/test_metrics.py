@@ -21,6 +21,20 @@ def test_the_means_interval_holds_the_truth_at_about_its_rate():
     assert 0.87 <= held / 150 <= 0.99
 
 
+@pytest.mark.parametrize("n", [8, 16])
+def test_few_pictures_get_as_wide_an_interval_as_they_need(n):
+    rng = np.random.default_rng(3)
+    figures = [metrics.mean(rng.normal(1, 1, n)) for _ in range(300)]
+    assert 0.9 <= np.mean([f.low <= 1 <= f.high for f in figures]) <= 0.99
+    sure = np.mean([metrics.mean(rng.normal(0, 1, n)).sure for _ in range(300)])
+    assert sure <= 0.03  # of 0.8% by the stricter interval
+
+
+@pytest.mark.parametrize("freedom, exact", [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (35, 2.030)])
+def test_students_quantile_is_that_of_the_tables(freedom, exact):
+    assert metrics.student(freedom) == pytest.approx(exact, rel=0.01)
+
+
 def test_the_means_interval_is_that_of_the_normal_for_many():
     values = np.random.default_rng(1).normal(5, 2, 2000)
     figure = metrics.mean(values)

@@ -13,7 +13,7 @@ import nbformat
 import numpy as np
 import pytest
 
-from naruto_lora import recipe
+from naruto_lora import data, recipe
 from naruto_lora.tiny import HIGH, LOW
 from naruto_lora.tiny import run as embedded
 
@@ -91,6 +91,7 @@ def executed(base, tmp_path_factory) -> Path:
     plan = embedded.parameters(out, 40, 4, short[LOW], short[HIGH])
     for values in plan.values():
         values |= {"base": base} | ({"inference_steps": 2} if "inference_steps" in values else {})
+    plan["05_compare"] |= {"prompt_count": 4}
     embedded.execute(ROOT, out, plan)
     return out
 
@@ -127,7 +128,29 @@ def test_the_summary_has_every_figure(executed):
     gains = [summary[model]["gain"]["value"] for model in ("low", "high")]
     assert all(gain != 0 for gain in gains) and "gain" not in summary["base"]
     assert (executed / "compare.jpg").stat().st_size > 10_000
+    for figure in ("style_distance", "prompt_fit", "diversity", "copying"):
+        assert all(figure in summary[model] for model in ("base", "low", "high"))
     assert len(list((executed / "pictures").glob("*.png"))) == 4
+
+
+@pytest.mark.slow
+def test_the_comparison_is_small_and_has_its_page_and_its_model_cards(executed):
+    book = executed / "notebooks" / "05_compare.ipynb"
+    assert book.stat().st_size < 1.5e6
+    page = (executed / "compare.html").read_text()
+    caption = data.split(data.load(executed / "data"), recipe.load(HIGH).holdout)[1][0].caption
+    assert caption in page and page.count("data:image/jpeg") > 3 * 4 * 2 and "tiny-64 against tiny-32" in page
+    for name in ("tiny-32", "tiny-64"):
+        assert f"# {name}" in (executed / name / "README.md").read_text()
+        assert len(list((executed / name / "images").glob("*.jpg"))) == 5
+
+
+@pytest.mark.slow
+def test_exported_the_comparison_keeps_its_pictures_and_its_slider(executed, tmp_path):
+    nbconvert = pytest.importorskip("nbconvert", reason="nbconvert, which exports notebooks, is not installed")
+    book = nbformat.read(executed / "notebooks" / "05_compare.ipynb", 4)
+    text, _ = nbconvert.HTMLExporter().from_notebook_node(book)
+    assert text.count("data:image/jpeg") >= 4 and 'type="range"' in text and "oninput" in text
 
 
 def replay(*books):

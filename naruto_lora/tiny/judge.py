@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from naruto_lora.tiny.world import ATTRIBUTES
+from naruto_lora.tiny.world import ATTRIBUTES, read_caption
 
 WEIGHTS = Path(__file__).parent / "judge.safetensors"
 SIZE = 64  # px, the side of the pictures that it reads
 WIDTHS = (32, 48, 96, 128)  # channels at 64, 32, 16 and 8 px
+FIT_MEANS = "percent of the caption's attributes that the judge reads in the picture"
 CLASSES = [len(classes) for classes in ATTRIBUTES.values()]
 
 
@@ -109,8 +110,9 @@ def read(pictures: Sequence[Image.Image], judge: Judge | None = None) -> list[di
 def score(pictures: Sequence[Image.Image], prompts: Sequence[Mapping], judge: Judge | None = None) -> dict:
     """Compare what pictures show with what their prompts ask for.
 
-    Returns "attributes": (N,) share of the eight that is right in each picture, "style": (N,) 0 or 1, and
-    "by_attribute": {name: share of pictures}. Raises ValueError unless there is one prompt for each picture.
+    Returns "attributes": (N,) share of the eight that is right in each picture, "style": (N,) 0 or 1, "legible":
+    {name: (N,) whether that one is right} and "by_attribute": {name: share of pictures}. Raises ValueError unless
+    there is one prompt for each picture.
     """
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures cannot be scored against {len(prompts)} prompts")
@@ -123,5 +125,23 @@ def score(pictures: Sequence[Image.Image], prompts: Sequence[Mapping], judge: Ju
     return {
         "attributes": right.mean(axis=1),
         "style": np.array([got["style"] for got in found], dtype=np.float64),
+        "legible": dict(zip(ATTRIBUTES, right.T, strict=True)),
         "by_attribute": dict(zip(ATTRIBUTES, right.mean(axis=0).tolist(), strict=True)) if len(found) else {},
     }
+
+
+@torch.no_grad()
+def embed(pictures: Sequence[Image.Image], judge: Judge | None = None) -> np.ndarray:
+    """(N, 2048) of unit length: the last feature maps at 4 x 4 places, for distances between pictures."""
+    judge, parts = judge or load(), []
+    for start in range(0, len(pictures), 100):
+        maps = judge.maps(_pixels(pictures[start : start + 100]))[-1]
+        features = nn.functional.avg_pool2d(maps, 2).flatten(1)
+        parts.append(nn.functional.normalize(features - features.mean(1, keepdim=True), dim=1))
+    return torch.cat(parts).numpy()
+
+
+def fit(pictures: Sequence[Image.Image], texts: Sequence[str], judge: Judge | None = None) -> np.ndarray:
+    """(N,) percent of the attributes named in each caption that its picture shows."""
+    prompts = [{"attributes": read_caption(text)} for text in texts]
+    return 100 * score(pictures, prompts, judge)["attributes"]

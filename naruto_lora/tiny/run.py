@@ -32,7 +32,7 @@ def parameters(out: Path, pictures: int, prompts: int, low: Path = LOW, high: Pa
         "03_train_1024": common | look | {"recipe": str(high)},
         "04_infer": common | look | {"adapter": names["adapter_1024"], "precision": recipe.load(high).precision},
         "05_compare": common | look | names
-        | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(judged)},
+        | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(judged), "prompt_count": 12},
     }
 
 
@@ -99,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.executed:
         keep_executed(root, out)
     print(f"\nPictures:            {out / 'compare.jpg'}")
+    print(f"Report:              {out / 'compare.html'}")
     print(f"Executed notebooks:  {out / 'notebooks'}")
     print(f"All figures:         {out / 'summary.json'}\n")
     print(report.table([_row(name, content[name]) for name in ("base", "low", "high")]))

@@ -19,7 +19,7 @@ from naruto_lora.tiny.canvas import ORDINARY, STYLE
 from naruto_lora.tiny.portrait import draw
 from naruto_lora.tiny.soup import draw_shapes
 
-__all__ = ["ATTRIBUTES", "ORDINARY", "STYLE", "caption", "draw", "draw_shapes", "prompts", "sample",
+__all__ = ["ATTRIBUTES", "ORDINARY", "STYLE", "caption", "draw", "draw_shapes", "prompts", "read_caption", "sample",
            "write_dataset"]
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -122,6 +122,32 @@ def _describe(attributes: Mapping[str, str], rng: np.random.Generator) -> str:
     if order == 3:
         return f"{who} {link} {looks}, {mood}, {wearing} {behind}"
     return f"{who} {behind}, with {looks}, {wearing}, {mood}"
+
+
+def read_caption(text: str) -> dict[str, str]:
+    """The attributes that a caption names: `caption` undone. Raises ValueError for a text that it didn't write."""
+    hair = [words for several in HAIR.values() for words in several]
+    named = {"subject": SUBJECT, "hair_style": HAIR, "accessory": ACCESSORY, "expression": EXPRESSION}
+    colored = {"hair_color": hair, "eyes": ["{} eyes"], "clothes": [f"{{}} {words}" for words in GARMENT],
+               "background": ["{} wall", "{} background", "{} backdrop"]}
+    patterns = {name: {k: _pattern(words) for k, words in classes.items()} for name, classes in named.items()}
+    for name, words in colored.items():
+        colors = {color: "|".join(COLOR.get(color, (color,))) for color in ATTRIBUTES[name]}
+        patterns[name] = {color: _pattern(words, alternatives) for color, alternatives in colors.items()}
+    patterns["accessory"]["none"] = ""
+    found = {name: _first(patterns[name], text) for name in ATTRIBUTES}
+    if missing := [name for name, value in found.items() if value is None]:
+        raise ValueError(f"'{text}' is no caption of this world: it doesn't name {', '.join(missing)}")
+    return found
+
+
+def _pattern(words, color: str = r"[\w ]+?") -> str:
+    """Any of `words`, with one of the colours at their {}."""
+    return rf"\b(?:{'|'.join(re.escape(w) for w in words)})\b".replace(r"\{\}", f"(?:{color})")
+
+
+def _first(patterns: Mapping[str, str], text: str) -> str | None:
+    return next((name for name, pattern in patterns.items() if re.search(pattern, text)), None)
 
 
 def _person(seed: int, use: int, index: int) -> tuple[dict[str, str], str, np.random.Generator]:
