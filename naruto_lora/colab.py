@@ -137,7 +137,8 @@ def find_adapter(name: str, folder: Path, mirror: Path | None = None) -> Path | 
     raise FileNotFoundError(
         f"there is no LoRA {f'called {name!r}' if name else 'yet'} in '{folder.name}': run 02_train_256 or "
         "03_train_1024 first (on Colab with Google Drive, so that it is found here), or set the parameter to a "
-        "folder, a .safetensors file or a hub id"
+        "folder, a .safetensors file or a hub id; without a GPU, `bash colab_setup.sh run` trains two small ones and "
+        "runs this notebook with them"
     )
 
 

@@ -28,9 +28,9 @@ def parameters(out: Path, pictures: int, prompts: int, low: Path = LOW, high: Pa
     names = {"adapter_256": recipe.load(low).name, "adapter_1024": recipe.load(high).name}
     return {
         "01_setup": common | {"recipe": str(high)},
-        "02_train_256": common | look | {"recipe": str(low)},
-        "03_train_1024": common | look | {"recipe": str(high)},
-        "04_infer": common | look | {"adapter": names["adapter_1024"], "precision": recipe.load(high).precision},
+        "02_train_256": common | look | {"recipe": str(low), "steps": 0},
+        "03_train_1024": common | look | {"recipe": str(high), "steps": 0},
+        "04_infer": common | look | {"recipe": str(high), "adapter": names["adapter_1024"]},
         "05_compare": common | look | names
         | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(judged), "prompt_count": 12},
     }
