@@ -53,7 +53,8 @@ def group_norm(x, shift, weight, bias, groups, eps, silu):
     if torch.compiler.is_compiling():
         scaled, mean, rstd = _normalised(x, shift, groups, eps, None, None)
         out = scaled.flatten(1, 2) * weight.float()[:, None, None] + bias.float()[:, None, None]
-        return (out * out.sigmoid() if silu else out).to(x.dtype), mean.flatten(1), rstd.flatten(1)
+        out = (out * out.sigmoid() if silu else out).to(x.dtype)
+        return out.contiguous(memory_format=torch.channels_last), mean.flatten(1), rstd.flatten(1)
     total = x if shift is None else x + shift[:, :, None, None]
     count, channels, *sides = total.shape
     sizes = (count, channels, sides[0] * sides[1], groups)
@@ -83,7 +84,7 @@ def group_norm_backward(grad, x, shift, mean, rstd, weight, bias, groups, eps, s
         inner = (grad * weight.float()[:, None, None]).unflatten(1, (groups, -1))
         over = (2, 3, 4)
         inner = inner - inner.mean(over, True) - scaled * (inner * scaled).mean(over, True)
-        return (inner * rstd).flatten(1, 2).to(x.dtype)
+        return (inner * rstd).flatten(1, 2).to(x.dtype).contiguous(memory_format=torch.channels_last)
     total = (x if shift is None else x + shift[:, :, None, None]).contiguous()
     count, channels, *sides = total.shape
     sizes = (count, channels, sides[0] * sides[1], groups)
@@ -187,17 +188,58 @@ class Convolution(Function):
     @staticmethod
     def forward(ctx, x, conv, with_bias):
         ctx.conv, ctx.shape = conv, x.shape
-        return F.conv2d(x, conv.weight, conv.bias if with_bias else None, conv.stride, conv.padding, conv.dilation)
+        return _convolve(x, conv, conv.bias if with_bias else None)
 
     @staticmethod
     def backward(ctx, grad):
-        conv = ctx.conv
-        shape_alone = grad.new_empty(1).expand(ctx.shape)
-        grads = aten.convolution_backward(
-            grad, shape_alone, conv.weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1,
-            [True, False, False],
-        )
-        return grads[0], None, None
+        return _convolve_backward(grad, ctx.conv, ctx.shape), None, None
+
+
+def _convolve(x, conv, bias):
+    return F.conv2d(x, conv.weight, bias, conv.stride, conv.padding, conv.dilation)
+
+
+def _convolve_backward(grad, conv, shape):
+    """The gradient by an input of `shape` (B, C, H, W), which may be the first channels of what was convolved."""
+    weight = conv.weight
+    if shape[1] < weight.shape[1]:
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        kind = torch.channels_last if last else torch.contiguous_format
+        weight = weight[:, : shape[1]].contiguous(memory_format=kind)
+    shape_alone = grad.new_empty(1).expand(shape)
+    return aten.convolution_backward(
+        grad, shape_alone, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1,
+        [True, False, False],
+    )[0]
+
+
+class BesideFrozen(Function):
+    """How a ResNet begins on x (B, C, H, W) joined with a skip connection that needs no gradient.
+
+    Returns the first convolution (without bias) of the norm and SiLU of both, and their shortcut. Keeps both; its
+    backward pass leaves out the channels of the skip connection.
+    """
+
+    @staticmethod
+    def forward(ctx, x, skip, block, ops):
+        both, norm = torch.cat([x, skip], dim=1), block.norm1
+        normed, mean, rstd = ops.group_norm(both, None, norm.weight, norm.bias, norm.num_groups, norm.eps, True)
+        ctx.save_for_backward(both, mean, rstd)
+        ctx.block, ctx.ops, ctx.shape = block, ops, x.shape
+        return _convolve(normed, block.conv1, None), _convolve(both, block.conv_shortcut, block.conv_shortcut.bias)
+
+    @staticmethod
+    def backward(ctx, grad, grad_shortcut):
+        both, mean, rstd = ctx.saved_tensors
+        norm, count = ctx.block.norm1, ctx.shape[1]
+        size = norm.num_channels // norm.num_groups
+        groups = -(-count // size)  # those that x has channels in
+        some = both[:, : groups * size]
+        weight, bias = norm.weight[: groups * size], norm.bias[: groups * size]
+        grad = _convolve_backward(grad, ctx.block.conv1, some.shape)
+        stats = mean[:, :groups].contiguous(), rstd[:, :groups].contiguous()
+        grad = ctx.ops.group_norm_backward(grad, some, None, *stats, weight, bias, groups, norm.eps, True)
+        return grad[:, :count] + _convolve_backward(grad_shortcut, ctx.block.conv_shortcut, ctx.shape), None, None, None
 
 
 class FeedForward(Function):
@@ -218,7 +260,7 @@ class FeedForward(Function):
 
 
 class Projected(Function):
-    """x (..., D) through `projection`, n linear layers with LoRA beside each other: (..., n * out).
+    """x (..., D) through `projection`, n linear layers with LoRA beside each other: n tensors (..., out).
 
     Keeps x and the LoRA's inner values (..., n * rank). `anchor` is any tensor that requires a gradient: without it
     autograd would pass over a layer whose input requires none.
@@ -227,77 +269,71 @@ class Projected(Function):
     @staticmethod
     def forward(ctx, x, anchor, projection):
         rows = x.reshape(-1, x.shape[-1])  # (T, D)
-        out = F.linear(rows, projection.store(), projection.bias)  # (T, n out)
-        inner = rows @ projection.down.T  # (T, n rank)
-        projection.split(out).baddbmm_(projection.split(inner), projection.up.mT, alpha=projection.scale)
+        outs, inner = projection.product(rows)
+        for out, up, part in zip(outs, projection.up, projection.split(inner), strict=True):
+            out.addmm_(part, up.T, alpha=projection.scale)
         ctx.save_for_backward(rows, inner)
         ctx.projection, ctx.shape = projection, x.shape
-        return out.view(*x.shape[:-1], -1)
+        return tuple(out.unflatten(0, x.shape[:-1]) for out in outs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grads):
         rows, inner = ctx.saved_tensors
         projection = ctx.projection
-        grad = grad.reshape(len(rows), -1)  # (T, n out)
-        parts, scale = projection.split(grad), projection.scale  # (n, T, out)
+        grads = [grad.reshape(len(rows), -1) for grad in grads]  # n times (T, out)
         grad_inner = torch.empty_like(inner)
-        projection.split(grad_inner).baddbmm_(parts, projection.up, beta=0, alpha=scale)
+        parts = zip(grads, projection.split(inner), projection.split(grad_inner), strict=True)
+        for number, (grad, part, grad_part) in enumerate(parts):
+            grad_part.addmm_(grad, projection.up[number], beta=0, alpha=projection.scale)
+            projection.grad_up[number].addmm_(grad.T, part, beta=0, alpha=projection.scale)
         torch.mm(grad_inner.T, rows, out=projection.grad_down)
-        projection.grad_up.baddbmm_(parts.mT, projection.split(inner), beta=0, alpha=scale)
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        grad_rows = (grad @ projection.store()).addmm_(grad_inner, projection.down)
+        grad_rows = grad_inner @ projection.down
+        for grad, weight in zip(grads, projection.weights(), strict=True):
+            grad_rows.addmm_(grad, weight)
         return grad_rows.view(ctx.shape), None, None
 
 
 class OneCrossAttention(Function):
-    """Attention of q (1, T, C) to few keys kv (1, L, 2 C). Keeps q and kv.
+    """Attention of q (1, T, C) to few keys and values k, v (1, L, C). Keeps all three.
 
     Its backward pass is written out: torch's memory-efficient kernel shares a head's work out by keys, which leaves
     most of a GPU idle where there are 77 of them and one picture.
     """
 
     @staticmethod
-    def forward(ctx, q, kv, heads, ops):
-        ctx.save_for_backward(q, kv)
+    def forward(ctx, q, k, v, heads, ops):
+        ctx.save_for_backward(q, k, v)
         ctx.heads, ctx.ops = heads, ops
-        return _attention(q, kv, heads)
+        return attention(q, k, v, heads)
 
     @staticmethod
     def backward(ctx, grad):
-        q, kv = ctx.saved_tensors
-        heads, keys = ctx.heads, kv.shape[1]
-        kv = F.pad(kv, (0, 0, 0, -keys % KEYS_ALIGNED))
-        grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
-        into_q, into_k, into_v = (by_head(each, heads)[0] for each in (grad_q, *grad_kv.chunk(2, dim=-1)))
-        q, grad, k, v = (by_head(each, heads)[0] for each in (q, grad, *kv.chunk(2, dim=-1)))  # (heads, T or L, D)
+        q, k, v = ctx.saved_tensors
+        heads, keys = ctx.heads, k.shape[1]
+        k, v = (F.pad(each, (0, 0, 0, -keys % KEYS_ALIGNED)) for each in (k, v))
+        grads = [torch.empty(each.shape, dtype=q.dtype, device=q.device) for each in (q, k, v)]
+        into_q, into_k, into_v = (by_head(each, heads)[0] for each in grads)  # (heads, T or L, D)
+        q, grad, k, v = (by_head(each, heads)[0] for each in (q, grad, k, v))
         share, scores = ctx.ops.softmax_backward(q @ k.mT, grad @ v.mT, q.shape[-1] ** -0.5, keys)
         torch.bmm(scores, k, out=into_q)
         torch.bmm(scores.mT, q, out=into_k)
         torch.bmm(share.mT, grad, out=into_v)
-        return grad_q, grad_kv[:, :keys], None, None
+        return grads[0], grads[1][:, :keys], grads[2][:, :keys], None, None
 
 
-def cross_attention(q, kv, heads, ops):
-    """Attention of q (B, T, C) to kv (B, L, 2 C): (B, T, C)."""
-    return OneCrossAttention.apply(q, kv, heads, ops) if len(q) == 1 else _attention(q, kv, heads)
+def cross_attention(q, k, v, heads, ops):
+    """Attention of q (B, T, C) to a caption's k and v (B, L, C): (B, T, C)."""
+    return OneCrossAttention.apply(q, k, v, heads, ops) if len(q) == 1 else attention(q, k, v, heads)
 
 
-def _attention(q, kv, heads):
-    return joined(F.scaled_dot_product_attention(*(by_head(each, heads) for each in (q, *kv.chunk(2, dim=-1)))))
+def attention(q, k, v, heads):
+    """Attention of q (B, T, C) to k and v (B, L, C) by torch's own kernels: (B, T, C)."""
+    out = F.scaled_dot_product_attention(*(by_head(each, heads) for each in (q, k, v)))
+    return out.transpose(1, 2).flatten(2)
 
 
 def by_head(x, heads):
     """(B, T, heads * D) seen as (B, heads, T, D)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def joined(x):
-    """(B, heads, T, D) to (B, T, heads * D)."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def self_attention(qkv, heads):
-    """Attention of qkv (B, T, 3 C) by torch's own kernels, which keep qkv, the output and a number a row."""
-    q, k, v = (each.transpose(1, 2) for each in qkv.unflatten(-1, (3, heads, -1)).unbind(2))
-    return joined(F.scaled_dot_product_attention(q, k, v))

@@ -11,10 +11,12 @@ import contextlib
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from . import fused, step
 
+ALIGNED = 8  # attention kernels read rows that begin at multiples of so many numbers
 AFTER = 2  # micro-batches of one shape that run as they are, before their kernels are recorded as a CUDA graph
 
 
@@ -22,28 +24,43 @@ class Projection:
     """n frozen linear layers of one input with LoRA, as `fused.Projected` wants them.
 
     `down` (n * rank, D) and `up` (n, out, rank) are the LoRA's half-precision copies, `grad_down` and `grad_up`
-    their gradients: all views of flat buffers.
+    their gradients, views of one flat buffer.
     """
 
     def __init__(self, layers, keep):
-        self.store = _stored([layer.base_layer for layer in layers], keep)
-        self.bias = layers[0].base_layer.bias if len(layers) == 1 else None
-        self.parts, self.scale = len(layers), layers[0].scaling["default"]
-        self.anchor = layers[0].lora_A["default"].weight
+        first = layers[0]
+        self.parts, self.scale = len(layers), first.scaling["default"]
+        self.anchor = first.lora_A["default"].weight
         self.masters = [layer.lora_A["default"].weight for layer in layers]
         self.masters += [layer.lora_B["default"].weight for layer in layers]
+        inner, width = self.parts * len(self.anchor), self.anchor.shape[1]
+        spare = self.anchor.new_zeros(inner + -inner % ALIGNED, width, dtype=first.base_layer.weight.dtype)
+        self.store, below = _stored([layer.base_layer for layer in layers], keep, spare)
+        self.together = below is not spare  # with the frozen weights in one matrix: one product gives both
+        self.down, self.rows = below[:inner], sum(layer.base_layer.out_features for layer in layers)
+        self.bias = first.base_layer.bias if self.parts == 1 else None
+        if self.together and self.bias is not None:
+            self.bias = torch.cat([self.bias, self.bias.new_zeros(len(spare))])
 
-    def take(self, copies, grads) -> None:
-        """Takes its place in the flat buffers: views of the first numbers of both, and returns the rest."""
-        rank, width = self.masters[0].shape
-        out = self.masters[-1].shape[0]
-        down, up = (self.parts * rank, width), (self.parts, out, rank)
-        self.down, self.up = (each.view(shape) for each, shape in zip(copies, (down, up), strict=True))
-        self.grad_down, self.grad_up = (each.view(shape) for each, shape in zip(grads, (down, up), strict=True))
+    def take(self, up, grads) -> None:
+        """Takes its places in the flat buffers: for `up` and, in two pieces, for the gradients."""
+        rank, out = self.masters[0].shape[0], self.masters[-1].shape[0]
+        self.up, self.grad_up = (each.view(self.parts, out, rank) for each in (up, grads[1]))
+        self.grad_down = grads[0].view(self.parts * rank, -1)
 
-    def split(self, rows):
-        """(T, n * D) seen as (n, T, D)."""
-        return rows.view(len(rows), self.parts, -1).transpose(0, 1)
+    def product(self, rows):
+        """rows (T, D) times the frozen weights, n times (T, out), and times `down` (T, n * rank)."""
+        whole = F.linear(rows, self.store(), self.bias)
+        inner = whole[:, self.rows :][:, : len(self.down)].contiguous() if self.together else rows @ self.down.T
+        return whole[:, : self.rows].chunk(self.parts, dim=1), inner
+
+    def weights(self):
+        """The frozen weights, n times (out, D)."""
+        return self.store()[: self.rows].chunk(self.parts)
+
+    def split(self, inner):
+        """(T, n * rank) seen as n times (T, rank)."""
+        return inner.chunk(self.parts, dim=1)
 
     def __call__(self, x):
         return fused.Projected.apply(x, self.anchor, self)
@@ -96,24 +113,27 @@ class Nf4:
         return self.whole(*self.state)
 
 
-def _stored(layers, keep):
-    """The store that `keep` makes of the weights of `layers`, one below the other; they then hold them no more.
+def _stored(layers, keep, spare=None):
+    """(The store that `keep` makes of the weights of `layers`, one below the other; `spare`, rows to go below them).
 
-    Where they are kept whole the layers see their parts of it; otherwise what a rung before this one has stored is
-    made whole again first.
+    What stays on the GPU gets the rows of `spare` below it, and the layers then see their parts of it; `spare` is
+    then these rows. Otherwise the layers hold their weights no more. What a rung before this one has stored is made
+    whole first.
     """
     weights = [layer.kept() if hasattr(layer, "kept") else layer.weight.data for layer in layers]
-    whole = weights[0] if len(layers) == 1 else torch.cat(weights)
+    rows, resident = sum(map(len, weights)), keep is Resident
+    below = [spare] if resident and spare is not None else []
+    whole = weights[0] if len(layers) == 1 and not below else torch.cat(weights + below)
     del weights
     store = keep(whole)
-    for number, (layer, part) in enumerate(zip(layers, whole.chunk(len(layers)), strict=True)):
-        layer.weight.data = part if isinstance(store, Resident) else part.new_empty(0)
-        layer.kept = functools.partial(_part, store, number, len(layers))
-    return store
+    for number, (layer, part) in enumerate(zip(layers, whole[:rows].chunk(len(layers)), strict=True)):
+        layer.weight.data = part if resident else part.new_empty(0)
+        layer.kept = functools.partial(_part, store, rows, number, len(layers))
+    return store, whole[rows:] if below else spare
 
 
-def _part(store, number: int, count: int):
-    return store().chunk(count)[number]
+def _part(store, rows: int, number: int, count: int):
+    return store()[:rows].chunk(count)[number]
 
 
 STORES = {"resident": Resident, "host": OnHost, "int8": Int8, "nf4": Nf4}
@@ -143,26 +163,23 @@ class Lean:
             self.news.append(f"torch.compile does not work here ({error}): it goes on without, somewhat slower")
 
     def _lay_out(self, parameters) -> None:
-        """Half-precision copies of the LoRA and gradients in flat buffers, in the order of the projections."""
-        masters = [p for projection in self.projections for p in projection.masters]
-        if {id(p) for p in masters} != {id(p) for p in parameters}:
+        """Half-precision copies of the LoRA, and gradients in flat buffers, in the order of the projections."""
+        self.masters = [p for projection in self.projections for p in projection.masters]
+        if {id(p) for p in self.masters} != {id(p) for p in parameters}:
             raise ValueError("the lean step knows LoRA on to_q, to_k, to_v and to_out.0 alone; take the plain step")
-        sizes = [p.numel() for p in masters]
         device, dtype = self.unet.device, next(self.unet.parameters()).dtype
-        self.copied = torch.empty(sum(sizes), device=device, dtype=dtype)
-        self.micro_grads = torch.zeros_like(self.copied)
+        sizes = [p.numel() for p in self.masters]
+        self.micro_grads = torch.zeros(sum(sizes), device=device, dtype=dtype)
         self.grads = torch.zeros(sum(sizes), device=device)
-        self.masters = masters
-        self.copies = [c.view_as(p) for c, p in zip(self.copied.split(sizes), masters, strict=True)]
-        for p, grad in zip(masters, self.grads.split(sizes), strict=True):
+        for p, grad in zip(self.masters, self.grads.split(sizes), strict=True):
             p.grad = grad.view_as(p)
-        place = 0
+        rest, self.copies = self.micro_grads, []
         for projection in self.projections:
-            half = len(projection.masters) // 2
-            ends = [sum(p.numel() for p in part) for part in (projection.masters[:half], projection.masters[half:])]
-            cuts = (slice(place, place + ends[0]), slice(place + ends[0], place + sum(ends)))
-            projection.take([self.copied[cut] for cut in cuts], [self.micro_grads[cut] for cut in cuts])
-            place += sum(ends)
+            count = projection.parts
+            halves = [sum(p.numel() for p in half) for half in (projection.masters[:count], projection.masters[count:])]
+            *grads, rest = rest.split([*halves, len(rest) - sum(halves)])
+            projection.take(torch.empty(halves[1], device=device, dtype=dtype), grads)
+            self.copies += [*projection.down.chunk(count), *projection.up]
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -289,6 +306,8 @@ def _patch(lean, unet, keep, recomputed) -> None:
             forward = functools.partial(_resnet, lean.ops, module)
         elif kind == "Transformer2DModel":
             forward = functools.partial(_transformer, lean.ops, module)
+        elif kind in ("UpBlock2D", "CrossAttnUpBlock2D"):
+            forward = functools.partial(_up_block, module)
         elif isinstance(module, torch.nn.Conv2d):
             forward = functools.partial(_convolution, module)
         else:
@@ -323,13 +342,13 @@ def _transformer_block(lean, block, keep):
     cross_out = Projection([cross.to_out[0]], keep)
     lean.projections += [qkv, own_out, q, kv, cross_out]
     first, second = block.ff.net[0].proj, block.ff.net[2]
-    kept = [_stored([layer], keep) for layer in (first, second)]
+    kept = [_stored([layer], keep)[0] for layer in (first, second)]
 
     def forward(x, attention_mask=None, encoder_hidden_states=None, **_):
         x, normed = fused.AddNorm.apply(x, None, block.norm1, ops)
-        delta = own_out(fused.self_attention(qkv(normed), own.heads))
+        (delta,) = own_out(fused.attention(*qkv(normed), own.heads))
         x, normed = fused.AddNorm.apply(x, delta, block.norm2, ops)
-        delta = cross_out(fused.cross_attention(q(normed), kv(encoder_hidden_states), cross.heads, ops))
+        (delta,) = cross_out(fused.cross_attention(*q(normed), *kv(encoder_hidden_states), cross.heads, ops))
         x, normed = fused.AddNorm.apply(x, delta, block.norm3, ops)
         delta = fused.FeedForward.apply(normed, kept[0], first.bias, kept[1], second.bias, ops)
         return fused.Residual.apply(x, delta, None, ops)
@@ -348,12 +367,29 @@ def _transformer(ops, model, x, encoder_hidden_states=None, **_):
     return (fused.Residual.apply(x, hidden, None, ops),)
 
 
-def _resnet(ops, block, x, temb, **_):
-    """The forward method of a ResnetBlock2D: x (B, C, H, W), temb (B, E) -> (B, C', H, W)."""
-    hidden = fused.GroupNorm.apply(x, None, block.norm1, True, ops)
-    hidden = fused.Convolution.apply(hidden, block.conv1, False)
+def _up_block(block, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states=None, upsample_size=None, **_):
+    """The forward method of an up block, which leaves it to its ResNets to join x with the skip connections."""
+    x, skips = hidden_states, list(res_hidden_states_tuple)
+    attentions = getattr(block, "attentions", [None] * len(block.resnets))
+    for resnet, attention in zip(block.resnets, attentions, strict=True):
+        x = resnet(x, temb, skip=skips.pop())
+        if attention is not None:
+            (x,) = attention(x, encoder_hidden_states=encoder_hidden_states)
+    for upsampler in block.upsamplers or ():
+        x = upsampler(x, upsample_size)
+    return x
+
+
+def _resnet(ops, block, x, temb, skip=None, **_):
+    """The forward method of a ResnetBlock2D: x (B, C, H, W), joined with `skip`, temb (B, E) -> (B, C', H, W)."""
+    if skip is not None and not skip.requires_grad and x.requires_grad:
+        hidden, shortcut = fused.BesideFrozen.apply(x, skip, block, ops)
+    else:
+        x = x if skip is None else torch.cat([x, skip], dim=1)
+        hidden = fused.GroupNorm.apply(x, None, block.norm1, True, ops)
+        hidden = fused.Convolution.apply(hidden, block.conv1, False)
+        shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
     shift = block.time_emb_proj(block.nonlinearity(temb)) + block.conv1.bias
     hidden = fused.GroupNorm.apply(hidden, shift, block.norm2, True, ops)
     hidden = fused.Convolution.apply(hidden, block.conv2, False)
-    shortcut = x if block.conv_shortcut is None else block.conv_shortcut(x)
     return fused.Residual.apply(shortcut, hidden, block.conv2.bias, ops)

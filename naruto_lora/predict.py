@@ -38,7 +38,7 @@ class Layer:
     heads: int  # of both attentions
     text: int  # channels of a caption's embedding
     first: bool  # no LoRA stands before it: what comes in needs no gradient
-    joined: bool  # what comes in is joined with a skip connection that needs a gradient
+    joined: int  # channels of a skip connection, among those in, that needs a gradient and is kept where it begins
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def measure(unet, side: int) -> Shape:
     taken = list(skips)
     for module, x, out in calls:
         kind = KINDS.get(type(module).__name__, "transformer")
-        joined = id(module) in joining and id(taken.pop()) in kept
+        skip = taken.pop() if id(module) in joining else None
+        joined = skip.shape[1] if id(skip) in kept else 0
         if module is unet.conv_norm_out:
             kind = "end"
         rows, width = (math.prod(x.shape[2:]), x.shape[1]) if x.dim() == 4 else x.shape[1:]
@@ -185,15 +186,16 @@ def cost(layer: Layer, batch: int, rank: int, size: int) -> Cost:
     if layer.first:
         return Cost(forward=forward)
     backward = max(5 * after, 5 * each + after)
-    return Cost(each, each + after, after, forward, backward, each if layer.joined else 0)
+    entry = each - batch * layer.rows * layer.joined
+    return Cost(entry, each + after, each - entry + after, forward, backward, each if layer.joined else 0)
 
 
 def _block_cost(layer: Layer, batch: int, rank: int, single: float) -> Cost:
     each, rows = batch * layer.rows * layer.width, batch * layer.rows
     widths = 3 + 1 + 1 + 1 + 1 + 1 + 8 + 2  # qkv, out, sum, q, out, sum, GEGLU's input; two norms
     statistics = rows * (3 * 2) + batch * layer.heads * math.ceil(layer.rows / SPLIT) * SPLIT * (1 if batch == 1 else 2)
-    text = batch * TOKENS * (2 * layer.width + 2 * rank)
-    inside = widths * each + 6 * rank * rows + statistics * single + text
+    text = batch * TOKENS * (2 * layer.width + 4 * rank)
+    inside = widths * each + (6 + 4) * rank * rows + statistics * single + text  # inner values, some twice
     return Cost(each, inside + (0 if layer.first else each), inside, 10 * each, 17 * each)
 
 

@@ -3,8 +3,8 @@
     PYTHONPATH=. python tests/benchmarks/encode.py --out DIR [--count 1221] [--start]
 
 Pictures are drawn (JPEG, about 1024 px), the VAE has SDXL's size and random weights, fp16. Decoding has the run's own
-number of threads, whatever the machine has cores. With --start a full-size U-Net is written too, and `train.begin` to
-the first update is timed from an empty folder.
+number of threads, whatever the machine has cores. With --start a full-size U-Net is written too, unless it is there,
+and `train.begin` to the first update is timed from an empty folder, with few pictures.
 """
 
 import argparse
@@ -47,7 +47,8 @@ def main() -> None:
     slower = min(figures["decoded a second"], figures["encoded a second"])
     figures["slower alone / together"] = slower / figures["both a second"]
     if args.start:
-        figures |= start(plan, args.out / "run")
+        few = pictures(args.out / "few", ALONE, args.side)
+        figures |= start(plan.replace(dataset=str(few)), args.out / "start" / "run")
     print(json.dumps({name: round(v, 3) if isinstance(v, float) else v for name, v in figures.items()}, indent=1))
     (args.out / "encode.json").write_text(json.dumps(figures, indent=1))
 
@@ -108,7 +109,7 @@ def encoding(examples, plan) -> dict:
         vae = vae.to(memory_format=layout)
         for benchmark in (False, True):
             torch.backends.cudnn.benchmark = benchmark
-            for batch in (1, 2, 4, 8):
+            for batch in (1, 4):
                 name = f"{str(layout)[6:]}, cudnn.benchmark {benchmark}, batch {batch}"
                 memory.reset_peak()
                 figures[name] = [round(timed(vae, crops, batch, 32), 1), round(memory.peak_gib(), 2)]
@@ -148,7 +149,7 @@ def together(examples, plan, folder: Path) -> dict:
 
 
 def start(plan, folder: Path) -> dict:
-    """Seconds from nothing but pictures and weights on the disk to the first update done."""
+    """Seconds from nothing but `ALONE` pictures and the weights on the disk to the first update done."""
     shutil.rmtree(folder.parent / "cache", ignore_errors=True)
     begun = time.perf_counter()
     run = train.begin(plan, folder)

@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", type=Path, help="a random base written before")
+    parser.add_argument("--room", type=float, default=1000, help="GiB of the card that may be used")
     parser.add_argument("--predict", action="store_true", help="the predictions alone")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -46,7 +47,7 @@ def main() -> None:
         write(base, weights=not args.predict)
     rows = [case for name in RECIPES for case in cases(recipe.load(name, base=str(base), vae=""))]
     if not args.predict:
-        run_all(rows, args.out, base)
+        run_all(rows, args.out, base, args.room)
     report(rows, args.out)
 
 
@@ -89,9 +90,9 @@ def cases(of: recipe.Recipe) -> list[dict]:
     return rows
 
 
-def run_all(rows: list[dict], out: Path, base: Path) -> None:
+def run_all(rows: list[dict], out: Path, base: Path, room: float) -> None:
     """Measures all rows, as many at once as the card has room for; the results go into them."""
-    room = 0.9 * torch.cuda.mem_get_info()[0] / GIB
+    room = min(room, 0.9 * torch.cuda.mem_get_info()[0] / GIB)
     waiting, running = sorted(rows, key=lambda row: -row["predicted"]), []
     while waiting or running:
         for row, process in list(running):

@@ -55,7 +55,12 @@ def write_vae(folder: Path) -> None:
 
 
 def write(folder: Path, tokenizers: Path) -> Path:
-    """A random SDXL in diffusers' layout, fp16 (7 GB), tokenizers and index those of another base; needs a GPU."""
+    """A random SDXL in diffusers' layout, fp16 (7 GB), tokenizers and index those of another base; needs a GPU.
+
+    One that is there already stays.
+    """
+    if (folder / "model_index.json").exists():
+        return folder
     from diffusers import AutoencoderKL, EulerDiscreteScheduler
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
