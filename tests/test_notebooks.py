@@ -70,6 +70,15 @@ def test_the_badge_and_the_links_lead_somewhere():
                 assert not re.search(r"\]\((?!https://colab)", cell.source), cell.source
 
 
+def test_the_readmes_links_exist_and_it_has_a_badge_for_each_notebook():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (ROOT / link).exists(), link
+    for name in BOOKS:
+        (row,) = (line for line in text.splitlines() if f"[{name}](notebooks/{name}.ipynb)" in line)
+        assert "colab-badge.svg" in row and f"(notebooks/executed/{name}.ipynb)" in row
+
+
 @each
 def test_no_name_is_used_before_a_run_from_the_top_defines_it(name):
     known = {"display", "get_ipython", "In", *dir(builtins)}
