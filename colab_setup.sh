@@ -124,7 +124,7 @@ install_torch() { # on Linux without an NVIDIA GPU the CPU build, if there's no 
     need_disk "$where" 10
 }
 
-colab_plan() { # a line for each thing to do: install REQUIREMENT | uninstall NAME VERSION | self
+colab_plan() { # a line for each thing: install REQUIREMENT | old NAME VERSION FLOOR | uninstall NAME VERSION | self
     cd / # or the import below would find the folder that we stand in
     python3 - "$root" <<'PY'
 import importlib.util, re, sys
@@ -137,14 +137,21 @@ def have(name):
     except PackageNotFoundError:
         return None
 
+def numbers(version):
+    return [int(n) for n in re.findall(r"\d+", version.split("+")[0])[:3]]
+
 root = Path(sys.argv[1]).resolve()
 leave = {"torch", "ipywidgets", "matplotlib", "papermill", "nbval"}  # Colab's own, or of no use there
 for line in (root / "requirements.txt").read_text().splitlines():
-    name = re.match(r"[\w-]*", line)[0]
-    if name and name not in leave and not have(name):
+    name, _, floor = line.partition(">=")
+    if not floor:
+        continue
+    if not have(name) and name not in leave:
         print("install", line)
+    elif have(name) and numbers(have(name)) < numbers(floor):
+        print("old", name, have(name), floor)
 torchao = have("torchao")
-if torchao and [int(n) for n in re.findall(r"\d+", torchao)[:2]] < [0, 16]:
+if torchao and numbers(torchao) < [0, 16]:
     print("uninstall torchao", torchao)
 spec = importlib.util.find_spec("naruto_lora")
 if not (spec and spec.origin and Path(spec.origin).resolve().parent == root / "naruto_lora"):
@@ -161,6 +168,9 @@ prepare_colab() { # --no-deps throughout: what the running kernel has loaded mus
             install)
                 pip install --no-input --no-deps "$what" || explain
                 echo "Installed $what" ;;
+            old) # replacing it under a running kernel would ask for a restart
+                echo "This image's ${what% *} is older than ${what##* }, the oldest that is tested:" \
+                    "choose the newest runtime version (Runtime › Change runtime type)." ;;
             uninstall)
                 pip uninstall --yes "${what% *}" || explain
                 echo "Removed torchao ${what#* } (peft takes none below 0.16)" ;;

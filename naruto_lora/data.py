@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import hashlib
 import io
@@ -18,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+from . import files, hub
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
@@ -75,7 +78,7 @@ def _unreadable(name: str, error: Exception) -> str:
 
 
 def load(dataset: str | Path) -> list[Example]:
-    """Captioned pictures of a folder (metadata.jsonl, or a .txt beside each picture, or parquet) or a hub id.
+    """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one or a hub id.
 
     Each picture is opened and each caption looked at, so that bad ones are named at once.
     Raises FileNotFoundError for a missing folder or hub data set, ValueError for anything wrong inside.
@@ -83,6 +86,8 @@ def load(dataset: str | Path) -> list[Example]:
     folder = Path(dataset).expanduser()
     if not str(dataset).strip():
         raise FileNotFoundError("no data set is named; give a folder or a hub id")
+    if folder.suffix.lower() == ".zip":
+        folder = files.unzip(folder)
     if folder.is_dir():
         examples = _from_folder(folder)
     elif _like_hub_id(dataset):
@@ -170,8 +175,11 @@ def _from_hub(dataset: str) -> list[Example]:
     import datasets
 
     try:
-        table = datasets.load_dataset(dataset, split="train")
+        place = dataset if Path(dataset).is_dir() else str(hub.data_set(dataset))
+        table = datasets.load_dataset(place, split="train")
     except Exception as error:  # the hub's client raises many kinds; a user needs one sentence
+        if isinstance(error, (FileNotFoundError, TimeoutError)) and dataset in str(error):
+            raise
         reason = textwrap.shorten(str(error), 80, placeholder=" ...")
         raise FileNotFoundError(
             f"'{dataset}' is neither a folder here nor a data set that can be fetched from the hub "
@@ -188,6 +196,25 @@ def _from_row(number: int, row: dict) -> Example:
     name = Path(image.get("path") or f"{number:05d}").name
     source = image.get("bytes") or (Path(image["path"]) if image.get("path") else b"")
     return Example(name, "" if row["text"] is None else row["text"], source)
+
+
+def look(examples: list[Example], resolution: int) -> list[dict]:
+    """Rows for a table: what in a data set may spoil a LoRA at `resolution` px, how often, and an example of each."""
+    sizes = [example.size() for example in examples]
+    seen, captions = set(), collections.Counter(example.caption.strip() for example in examples)
+    faults = {
+        f"smaller than {resolution} px: blurred": [e for e, size in zip(examples, sizes, strict=True)
+                                                   if min(size) < resolution],
+        "a third or more is cropped away": [e for e, size in zip(examples, sizes, strict=True)
+                                            if min(size) < 2 / 3 * max(size)],
+        "the same picture again": [e for e in examples if e.digest in seen or seen.add(e.digest)],
+        "a caption that others have too": [e for e in examples if captions[e.caption.strip()] > 1],
+        "a caption of 60 words or more: its end may not be read": [e for e in examples if len(e.caption.split()) >= 60],
+    }  # fmt: skip
+    return [
+        {"what": what, "pictures": f"{len(f)} of {len(examples):,}", "for example": f[0].name if f else ""}
+        for what, f in faults.items()
+    ]
 
 
 def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:

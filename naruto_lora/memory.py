@@ -85,6 +85,14 @@ def _host_free() -> float:
     return psutil.virtual_memory().available
 
 
+def row(part: str, module: torch.nn.Module) -> dict[str, str]:
+    """A row for a table: how large a part of SDXL is, in parameters and in memory."""
+    tensors = [*module.parameters(), *module.buffers()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    count = sum(parameter.numel() for parameter in module.parameters())
+    return {"part": part, "million parameters": f"{count / 1e6:,.1f}", "GiB": f"{size / GIB:.3g}"}
+
+
 def reset_peak() -> None:
     """Starts a new measurement of `peak_gib`."""
     if torch.cuda.is_available():

@@ -88,9 +88,9 @@ def shape_of(recipe) -> Shape:
 @functools.cache
 def shape(base: str, side: int) -> Shape:
     """The sizes of the U-Net of `base` (hub id or folder) for latents of `side` x `side`."""
+    models.quiet()  # before diffusers is imported, and bitsandbytes with it
     from diffusers import UNet2DConditionModel
 
-    models.quiet()
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(models.unet_config(base))
     return measure(unet, side)

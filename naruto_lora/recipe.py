@@ -123,6 +123,37 @@ def load(source: str | Path | Recipe, **changes) -> Recipe:
     return _make(Recipe, _parse(path) | changes, "recipe")
 
 
+def adjust(recipe: Recipe, rank: int = 0, legs: str = "", steps: int = 0, max_minutes: float = 0.0) -> Recipe:
+    """`recipe` with what a notebook's form changes; 0 and '' leave its own.
+
+    `rank` keeps alpha / rank; `legs` is written as '300 1e-4, 600 3e-5 cosine'; `steps` ends the recipe there, so that
+    the whole one goes on from it later: a cosine, which would be another one if it were cut, runs to its end.
+    Raises ValueError.
+    """
+    changes = {"max_minutes": max_minutes or recipe.max_minutes}
+    if rank:
+        changes |= {"rank": rank, "alpha": recipe.alpha * rank / recipe.rank}
+    if legs.strip():
+        changes["legs"] = tuple(_leg(text) for text in legs.split(","))
+    recipe = recipe.replace(**changes)
+    return recipe.replace(legs=_until(recipe.legs, steps)) if 0 < steps < recipe.steps else recipe
+
+
+def _leg(text: str) -> Leg:
+    try:
+        until, lr, *schedule = text.split()
+        return Leg(int(until), float(lr), *schedule)
+    except (ValueError, TypeError):
+        raise ValueError(f"the leg '{text.strip()}' must read as '300 1e-4' or '600 3e-5 cosine'") from None
+
+
+def _until(legs: tuple[Leg, ...], steps: int) -> tuple[Leg, ...]:
+    """The legs up to the one that holds update `steps`, cut there if it is constant."""
+    place = next(k for k, leg in enumerate(legs) if leg.until >= steps)
+    last = legs[place]
+    return (*legs[:place], replace(last, until=steps) if last.schedule == "constant" else last)
+
+
 def _parse(path: Path) -> dict:
     import tomllib
 

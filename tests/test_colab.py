@@ -1,6 +1,8 @@
 """What the machine is, and where results go."""
 
 import importlib
+import os
+import shutil
 import sys
 import types
 
@@ -51,7 +53,7 @@ def test_on_colab_results_go_to_drive_where_somebody_can_answer(on_colab, tmp_pa
 
 def test_on_colab_training_is_on_the_machines_own_disk_and_mirrored_on_drive(on_colab, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert colab.places("runs", interactive=False) == (tmp_path / "runs", None)
+    assert colab.places("runs", drive=False) == (tmp_path / "runs", None)
     assert colab.places(str(tmp_path / "own")) == (tmp_path / "own", None)  # an absolute path is as it is
     assert on_colab == []
     monkeypatch.setattr(colab, "Path", _under(tmp_path))
@@ -88,3 +90,65 @@ def test_the_machines_table(tmp_path):
     import torch
 
     assert rows["torch"] == torch.__version__ and colab._version("no-such-package") == "not installed"
+
+
+def test_drive_that_is_refused_costs_the_mirror_alone(on_colab, tmp_path, monkeypatch, capsys):
+    def refuse(_):
+        raise ValueError("mount failed")
+
+    sys.modules["google.colab.drive"].mount = refuse
+    monkeypatch.setattr(colab, "Path", _under(tmp_path))
+    assert colab.places("runs") == (tmp_path / "content/runs", None)
+    assert "Google Drive is not mounted (mount failed)" in capsys.readouterr().out
+
+
+FORM = 'recipe = "naruto-1024"  # @param {type:"string"}\nrank = 16  # @param {type:"integer"}'
+
+
+@pytest.mark.parametrize(
+    "cells, said",
+    [
+        (["", FORM, "# Parameters\nrank = 4\n"], None),
+        (["", FORM, "rnak = 4"], None),  # somebody's own cell
+        (["", "%pip list", FORM], None),
+        (["", "# Parameters\nrnak = 4\n"], None),  # no form to hold it against
+        (["", FORM, "# Parameters\nrnak = 4\n"], "no parameter 'rnak': did you mean 'rank'"),
+        (["", FORM, '# Parameters\nrank = 4\nzebra = "x"\n'], "no parameter 'zebra': there are rank, recipe"),
+    ],
+)
+def test_a_parameter_that_is_not_there_is_refused_with_the_nearest_name(cells, said):
+    if said is None:
+        return colab.check_parameters(cells)
+    with pytest.raises(ValueError, match=said):
+        colab.check_parameters(cells)
+
+
+def test_the_state_says_whether_a_run_goes_on(plan, trained, tmp_path):
+    assert colab.done(plan, tmp_path) == 0 and colab.done(plan, tmp_path, trained.folder.parent) == 6
+    assert "There is no run of few yet." in colab.state(plan, tmp_path)
+    assert "few was found trained to its end, step 6." in colab.state(plan, trained.folder.parent)
+    longer = plan.replace(legs=(*plan.legs, {"until": 9, "lr": 1e-3}))
+    said = colab.state(longer, tmp_path, trained.folder.parent)  # found in the mirror alone
+    assert "few was found at step 6 of 9: training goes on" in said and "copied to Google Drive as they come" in said
+
+
+def test_an_adapter_is_found_by_name_or_path_or_as_the_newest(trained, tmp_path):
+    runs, name = trained.folder.parent, trained.folder.name
+    assert colab.find_adapter(name, runs) == trained.folder
+    assert colab.find_adapter(name, tmp_path, runs) == trained.folder  # on Drive
+    assert colab.find_adapter(str(trained.adapter), tmp_path) == trained.adapter
+    assert colab.find_adapter("", runs) == trained.folder
+    older = tmp_path / "older"
+    shutil.copytree(trained.folder, older)
+    os.utime(older / trained.adapter.name, (1, 1))
+    assert colab.find_adapter("", tmp_path, runs) == trained.folder
+    for name in ("", "none"):
+        with pytest.raises(FileNotFoundError, match="run 02_train_256 or 03_train_1024 first"):
+            colab.find_adapter(name, tmp_path / "empty")
+
+
+def test_downloads_and_the_end_are_silent_where_nobody_is(tmp_path, capsys):
+    colab.download(tmp_path / "a.safetensors", interactive=True)  # not on Colab
+    colab.push(tmp_path, "")
+    colab.end(True)
+    assert f"a.safetensors is in the folder '{tmp_path.name}'" in capsys.readouterr().out

@@ -92,3 +92,9 @@ def test_what_is_available_counts_the_cache_and_the_cap(monkeypatch, cap, expect
     for name, value in told.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory.available(torch.device("cuda")) == expected
+
+
+def test_a_parts_row_counts_parameters_and_bytes():
+    half = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.float16)
+    row = memory.row("a layer", half)
+    assert row == {"part": "a layer", "million parameters": "1.0", "GiB": f"{2e6 / 2**30:.3g}"}

@@ -1,12 +1,14 @@
 """The five notebooks: their form, and executed by papermill on the embedded default, then replayed by nbval."""
 
 import ast
+import builtins
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -33,16 +35,72 @@ def parameters(book) -> dict:
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body}
 
 
-def test_there_are_the_five_and_no_other():
+def test_there_are_the_five_with_one_head_and_one_end():
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == list(embedded.NOTEBOOKS)
-    assert len({code(book)[1] for book in BOOKS.values()}) == 1  # one set-up cell, the same in each
+    heads = [[(cell.cell_type, cell.source, cell.metadata) for cell in book.cells[3:8]] for book in BOOKS.values()]
+    assert all(head == heads[0] for head in heads) and "colab_setup.sh" in heads[0][0][1]
+    assert "preflight.refuse" in heads[0][2][1] and "colab.places" in heads[0][4][1]
+    ends = [book.cells[-1].source for book in BOOKS.values()]
+    assert all(end == ends[0] for end in ends) and ends[0].startswith("## If something goes wrong")
+    for book in BOOKS.values():
+        assert "memory.free()\ncolab.end(disconnect)" in code(book)[-1]
+        assert book.cells[-2].source.startswith("**Next:**")
+
+
+def test_the_troubles_are_told_in_the_packages_own_words():
+    rows = [line.split("|")[1] for line in BOOKS["01_setup"].cells[-1].source.splitlines()[3:]]
+    assert len(rows) == 5
+    package = "".join(path.read_text() for path in (ROOT / "naruto_lora").glob("*.py")).replace('"\n', "")
+    for said in re.findall(r"`([^`]+)`", " ".join(rows)):
+        words = re.sub(r"'runs/.*?'|rank \d+, not \d+", "\0", said).split("\0")
+        assert all(word in re.sub(r'\s+f?"', "", package) or word in package for word in words), said
+
+
+def test_the_badge_and_the_links_lead_somewhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address = project.get("urls", {}).get("Repository", "").removeprefix("https://github.com/")
+    for name, book in BOOKS.items():
+        page = f"{address}/blob/main/notebooks/{name}.ipynb" if address else ""  # until there is a public address
+        badge = f"colab-badge.svg)](https://colab.research.google.com/github/{page})"
+        assert badge in book.cells[0].source
+        for cell in book.cells:
+            if cell.cell_type == "markdown":
+                for number in re.findall(r"\*\*(0\d\w*)\*\*", cell.source):
+                    assert any(known.startswith(number) for known in BOOKS), number
+                assert not re.search(r"\]\((?!https://colab)", cell.source), cell.source
+
+
+def test_the_readmes_links_exist_and_it_has_a_badge_for_each_notebook():
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (ROOT / link).exists(), link
+    for name in BOOKS:
+        (row,) = (line for line in text.splitlines() if f"[{name}](notebooks/{name}.ipynb)" in line)
+        assert "colab-badge.svg" in row and f"(notebooks/executed/{name}.ipynb)" in row
+
+
+@each
+def test_no_name_is_used_before_a_run_from_the_top_defines_it(name):
+    known = {"display", "get_ipython", "In", *dir(builtins)}
+    for source in code(BOOKS[name]):
+        tree = ast.parse(source)
+        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        stored |= {argument.arg for node in ast.walk(tree) if isinstance(node, ast.arguments) for argument in node.args}
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                stored |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        assert used <= known | stored, used - known - stored
+        known |= stored
 
 
 @each
 def test_a_notebook_is_valid_and_holds_no_outputs(name):
     book = BOOKS[name]
     nbformat.validate(book)
-    assert book.cells[0].cell_type == "markdown" and "Colab T4" in book.cells[0].source
+    assert book.cells[0].cell_type == "markdown" and "free Colab T4" in book.cells[0].source
+    assert book.metadata.accelerator == "GPU" and book.metadata.colab.gpuType == "T4"
     for cell in book.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None

@@ -14,10 +14,10 @@ FOLDER = Path(naruto_lora.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython",
          "huggingface_hub", "bitsandbytes", "pandas", "scipy", "torch._dynamo", "torch._inductor", "torchvision")
-ORDER = ("files", "progress", "recipe", "data", "models", "memory", "cache", "lora", "step", "fused", "lean", "predict",
-         "plan", "checkpoint", "pipeline", "gallery", "session", "train", "speed", "compare", "metrics", "encoders",
-         "similarity", "report", "album", "votes", "study", "verdict", "page", "card", "viewer", "widget", "ballot",
-         "colab")
+ORDER = ("files", "hub", "progress", "recipe", "data", "models", "memory", "cache", "lora", "step", "fused", "lean",
+         "predict", "plan", "checkpoint", "pipeline", "gallery", "session", "train", "speed", "compare", "metrics",
+         "encoders", "similarity", "report", "album", "votes", "study", "verdict", "page", "card", "viewer", "widget",
+         "ballot", "preflight", "colab")
 WIDGETS = ("viewer", "widget", "ballot")  # these are ipywidgets; nothing else imports them
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from naruto_lora import recipe
 from naruto_lora.recipe import RECIPES, Leg, Recipe, load
 
 
@@ -70,3 +71,23 @@ def test_the_embedded_recipes_have_the_form_of_the_real_ones():
     low, high = load(LOW), load(HIGH)
     assert (low.resolution, high.resolution) == (32, 64)
     assert low.pictures_per_step > high.pictures_per_step and low.accumulation > 1
+
+
+def test_a_form_shortens_and_lengthens_what_is_trained_without_changing_it():
+    whole = recipe.load("naruto-1024")
+    for steps, until in ((50, 50), (300, 300), (301, 600), (765, 765), (900, 765), (0, 765)):
+        short = recipe.adjust(whole, steps=steps)
+        assert short.steps == until
+        assert [short.learning_rate(k) for k in range(until)] == [whole.learning_rate(k) for k in range(until)]
+    assert recipe.adjust(whole) == whole
+    larger = recipe.adjust(whole.replace(alpha=8.0), rank=64, max_minutes=3)
+    assert (larger.rank, larger.alpha, larger.max_minutes) == (64, 32.0, 3)
+
+
+def test_legs_as_they_are_written_in_a_form():
+    legs = recipe.adjust(recipe.load("naruto-256"), legs="300 1e-4, 600 3e-5 cosine").legs
+    assert legs == (recipe.Leg(300, 1e-4), recipe.Leg(600, 3e-5, "cosine"))
+    for text, said in (("300", "the leg '300' must read"), ("a b", "the leg 'a b'"), ("9 1e-4 sine", "schedule 'sine'"),
+                       ("9 1e-4, 5 1e-4", "in order"), ("9 1e-4 cosine 3", "must read")):
+        with pytest.raises(ValueError, match=said):
+            recipe.adjust(recipe.load("naruto-256"), legs=text)

@@ -249,6 +249,17 @@ def test_colab_a_second_time(colab):
     assert colab.pip_calls() == [] and done.stdout.splitlines() == ["This Colab machine is ready."]
 
 
+def test_colab_with_an_image_that_is_too_old_is_told_and_left_alone(colab):
+    shutil.rmtree(next((colab.home / "site").glob("peft-*.dist-info")))
+    colab.has("peft", "0.18.9")
+    colab.has("bitsandbytes", "0.50.2")
+    done = colab.setup(COLAB_RELEASE_TAG="release")
+    assert done.returncode == 0, done
+    floor = next(line for line in REQUIREMENTS if line.startswith("peft")).partition(">=")[2]
+    assert f"This image's peft 0.18.9 is older than {floor}" in done.stdout and "newest runtime version" in done.stdout
+    assert not any("peft" in call for call in colab.pip_calls())
+
+
 def test_colab_registry_not_reached(colab):
     trouble = {"FAKE_PIP_SAYS": NETWORK_ERROR, "FAKE_PIP_FAILS": "1"}
     assert "can't be reached" in sentence(colab.setup(COLAB_RELEASE_TAG="release", **trouble))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,9 +28,9 @@ def parameters(out: Path, pictures: int, prompts: int, low: Path = LOW, high: Pa
     names = {"adapter_256": recipe.load(low).name, "adapter_1024": recipe.load(high).name}
     return {
         "01_setup": common | {"recipe": str(high)},
-        "02_train_256": common | look | {"recipe": str(low)},
-        "03_train_1024": common | look | {"recipe": str(high)},
-        "04_infer": common | look | {"adapter": names["adapter_1024"], "precision": recipe.load(high).precision},
+        "02_train_256": common | look | {"recipe": str(low), "steps": 0},
+        "03_train_1024": common | look | {"recipe": str(high), "steps": 0},
+        "04_infer": common | look | {"recipe": str(high), "adapter": names["adapter_1024"]},
         "05_compare": common | look | names
         | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(judged), "prompt_count": 12},
     }
@@ -57,6 +58,20 @@ def execute(root: Path, out: Path, plan: dict[str, dict]) -> None:
         print(report.duration(time.time() - begun), flush=True)
 
 
+def keep_executed(root: Path, out: Path) -> None:
+    """Remakes the copies in notebooks/executed from the executed notebooks of `out`."""
+    import torch
+
+    from . import executed
+
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    note = f"An executed copy for readers: the embedded default on {machine}, torch {torch.__version__}."
+    for name in NOTEBOOKS:
+        places = {str(out): "runs/embedded", str(root): "."}
+        executed.keep(out / "notebooks" / f"{name}.ipynb", root / "notebooks" / "executed" / f"{name}.ipynb", note,
+                      places)  # fmt: skip
+
+
 def summary(out: Path, minutes: float) -> dict:
     """Writes and returns `out`/summary.json: minutes, and for base, low and high what 05_compare measured."""
     models = report.read_json(out / "compare.json")["models"]
@@ -70,7 +85,9 @@ def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m naruto_lora.tiny.run", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="where everything goes")
-    out, begun = parser.parse_args(arguments).out.resolve(), time.time()
+    parser.add_argument("--executed", action="store_true", help="also remake notebooks/executed, for readers")
+    args = parser.parse_args(arguments)
+    out, begun = args.out.resolve(), time.time()
     root = Path(__file__).resolve().parents[2]
     print("The embedded default: a small SDXL learns an ink style, on this machine's CPU or GPU.", flush=True)
     try:
@@ -79,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nstopped: {error}", file=sys.stderr)
         return 1
     content = summary(out, (time.time() - begun) / 60)
+    if args.executed:
+        keep_executed(root, out)
     print(f"\nPictures:            {out / 'compare.jpg'}")
     print(f"Report:              {out / 'compare.html'}")
     print(f"Executed notebooks:  {out / 'notebooks'}")

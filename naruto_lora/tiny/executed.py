@@ -1,0 +1,81 @@
+"""Executed notebooks as readers on GitHub get them: small pictures, no widgets, nothing of the machine's own."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from pathlib import Path
+
+import nbformat
+from PIL import Image
+
+SIDE, QUALITY = 512, 82  # px of a picture's longer side; JPEG
+ADDED = ("injected-parameters", "executed")  # tags of cells that the source doesn't have
+PICTURES = ("image/png", "image/jpeg")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def fingerprint(book) -> str:
+    """Of the cells that came from the source: their kinds, text and tags."""
+    cells = [cell for cell in book.cells if not set(ADDED) & set(cell.metadata.get("tags", []))]
+    plain = [(cell.cell_type, cell.source, sorted(cell.metadata.get("tags", []))) for cell in cells]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+def keep(file: Path, target: Path, note: str, places: dict[str, str]) -> Path:
+    """Writes the executed notebook `file` to `target` for readers; `note` says where it ran.
+
+    `places` are {text: what stands for it}, such as folders of this machine. Raises ValueError for one that failed.
+    """
+    book = nbformat.read(file, 4)
+    for cell in book.cells:
+        for name in ("papermill", "execution"):
+            cell.metadata.pop(name, None)
+        if cell.cell_type == "code":
+            if any(output.output_type == "error" for output in cell.outputs):
+                raise ValueError(f"'{file}' ends with an error: only a run that went well is kept")
+            cell.outputs = [output for output in map(_smaller, cell.outputs) if output]
+    for name in ("widgets", "papermill"):
+        book.metadata.pop(name, None)
+    book.metadata["naruto_lora"] = {"source": fingerprint(book)}
+    about = nbformat.v4.new_markdown_cell(f"*{note}*", id="executed")
+    about.metadata["tags"] = ["executed"]
+    book.cells.insert(1, about)
+    text = nbformat.writes(book, 4)
+    for place, name in places.items():
+        text = text.replace(json.dumps(place)[1:-1], name)
+    nbformat.validate(nbformat.reads(text, 4))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text + "\n", encoding="utf-8")
+    return target
+
+
+def _smaller(output):
+    """The output with pictures of at most `SIDE` px, as JPEG; None for a live widget."""
+    data = output.get("data", {})
+    if WIDGET in data:
+        return None
+    for kind in PICTURES:
+        if kind in data:
+            small = _jpeg(base64.b64decode(data.pop(kind)))
+            data["image/jpeg"] = base64.b64encode(small).decode()
+            output.metadata = {}
+    if "text/html" in data:
+        pattern = r"data:image/(?:png|jpeg);base64,([\w+/=]+)"
+        data["text/html"] = re.sub(pattern, lambda found: _address(found[1]), data["text/html"])
+    return output
+
+
+def _address(encoded: str) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(_jpeg(base64.b64decode(encoded))).decode()
+
+
+def _jpeg(content: bytes) -> bytes:
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image.thumbnail((SIDE, SIDE), Image.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY, optimize=True)
+    return buffer.getvalue()
