@@ -71,9 +71,9 @@ def expandable() -> None:
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A CPU tensor on `device`; to a GPU from pinned memory, so that nobody waits for what it is still doing."""
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
