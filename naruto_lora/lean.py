@@ -1,8 +1,8 @@
 """The lean step: the plain one's U-Net and LoRA in other arithmetic, with less memory moved, kept and launched.
 
 `Lean(unet, ...)` puts `fused`'s functions in the place of the U-Net's forward methods: no autocast, none of peft's
-casts, half-precision copies of the fp32 LoRA weights, q, k and v in one product. What is injected, saved and loaded
-stays peft's. `tests/test_lean.py` holds its losses and gradients against the plain step's.
+casts, half-precision copies of the fp32 LoRA weights, q, k, v and the LoRA's inner values in one product. What is
+injected, saved and loaded stays peft's. `tests/test_lean.py` holds its losses and gradients against the plain step's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Projection:
             self.bias = torch.cat([self.bias, self.bias.new_zeros(len(spare))])
 
     def take(self, up, grads) -> None:
-        """Takes its places in the flat buffers: for `up` and, in two pieces, for the gradients."""
+        """Takes room for `up`, and its two places in the flat buffer of gradients."""
         rank, out = self.masters[0].shape[0], self.masters[-1].shape[0]
         self.up, self.grad_up = (each.view(self.parts, out, rank) for each in (up, grads[1]))
         self.grad_down = grads[0].view(self.parts * rank, -1)

@@ -269,18 +269,24 @@ class Run:
                 reason = str(error).split(". ")[0]
             held = self.engine.release()  # outside of `except`: there the traceback keeps the failed pass alive
             memory.free()
-            if held:
-                continue
-            if len(self.rungs) == 1:
+            if not held:
+                self._step_down(reason, show)
+
+    def _step_down(self, reason: str, show) -> None:
+        """Puts the next rung's engine in the place of this one's. Raises RuntimeError if there is none that fits."""
+        self.engine = None  # else its copies of the weights would stand beside the next one's
+        while self.engine is None:
+            self.rungs.pop(0)
+            if not self.rungs:
                 raise RuntimeError(
                     f"step {self.step + 1} does not fit in the GPU's memory ({reason}): end other programs that use "
                     f"the GPU, or take a smaller resolution; what is trained is kept, run it again to go on"
                 )
-            self.rungs.pop(0)
-            self.engine = None  # else its copies of the weights would stand beside the next one's
-            self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
             memory.free()
-            files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0].say()}")
+            with contextlib.suppress(torch.OutOfMemoryError):
+                self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
+        memory.free()
+        files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0].say()}")
 
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
         """Gradients of the mean loss over the whole draw, in micro-batches; the losses (E,), on the device."""

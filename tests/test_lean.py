@@ -278,6 +278,22 @@ def test_out_of_memory_takes_the_next_rung_and_the_run_ends_as_if_nothing_had_be
     )
 
 
+def test_a_rung_that_cannot_even_be_set_up_is_passed_over(plan, cache_folder, tmp_path, monkeypatch):
+    rungs = [memory.Rung(plan.batch), memory.Rung(plan.batch, recompute=3), memory.Rung(1, recompute=100)]
+    run = train.begin(plan, tmp_path, cache_folder, rungs=rungs)
+    monkeypatch.setattr(lean.Lean, "accumulate", out_of_memory(run.engine, {1}))
+    make = lean.make_engine
+
+    def full(unet, parameters, rung):
+        if rung == rungs[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(unet, parameters, rung)
+
+    monkeypatch.setattr(lean, "make_engine", full)
+    run.update()
+    assert run.rungs == rungs[2:]
+
+
 def test_without_a_rung_left_one_sentence_says_so_and_what_is_trained_is_kept(
     plan, cache_folder, tmp_path, monkeypatch
 ):
