@@ -68,7 +68,7 @@ def expandable() -> None:
     """Lets torch's allocator grow its pages, which leaves fewer gaps, unless somebody has set it up otherwise."""
     if not torch.cuda.is_available() or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
         return
-    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -108,7 +108,7 @@ def available(device: torch.device) -> int:
     """Bytes that can still be taken on a GPU: free ones and those in PyTorch's cache, within the process's cap."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    cap = int(total * torch.cuda.get_per_process_memory_fraction(device)) - reserved
+    cap = int(total * torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device())) - reserved
     return min(free, cap) + reserved - torch.cuda.memory_allocated(device)
 
 

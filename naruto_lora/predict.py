@@ -22,7 +22,8 @@ SMALLEST = 4096  # numbers: bitsandbytes' Adam keeps smaller tensors' states in 
 WORKSPACE = 64 * 2**20  # cuBLAS's two on Hopper, and the most elsewhere
 LOSS = 6  # fp32 tensors of the latents' size
 GAPS = 0.04  # of the activations: what the allocator takes beside, measured on an H200
-PAGES = 0.1 * GIB  # and at least
+HOLES = {"int8": 0.055, "nf4": 0.235}  # of the whole weights, where they were and nothing else fits in (H200)
+PAGES, GRAPHS = 0.1 * GIB, 0.3 * GIB  # and at least; where a CUDA graph has memory of its own
 PLAIN = 1.77  # the plain step keeps so many times more, autocast's and peft's casts, and a caption a block (H200)
 
 
@@ -253,7 +254,8 @@ def predict(shape: Shape, rung: Rung, recipe, cuda: bool = True) -> Parts:
         kept,
         moment + WORKSPACE * cuda,
     )
-    step = Parts(*held, max(PAGES, GAPS * kept) * cuda, CONTEXT * cuda)
+    rounding = max(GRAPHS if rung.graphed else PAGES, GAPS * kept) + HOLES.get(rung.weights, 0) * shape.linear * size
+    step = Parts(*held, rounding * cuda, CONTEXT * cuda)
     if rung.weights == "resident":
         return step
     loading = (shape.numbers * size, trained * 4, 0, 0, 3 * shape.largest * size, PAGES * cuda, CONTEXT * cuda)

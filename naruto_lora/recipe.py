@@ -234,13 +234,13 @@ RECIPES = {
         "naruto-1024",
         (Leg(300, 1e-4), Leg(600, 3e-5, "cosine"), Leg(765, 3e-5, "cosine")),
         resolution=1024,
-        expect="12.5 GiB on the GPU, 52-75 minutes by ten steps of an H200 (14.56 GiB cap); a T4: 2.5 hours, modelled",
+        expect="9.8 GiB on the GPU; 8 minutes on an H200, by one step of it; a T4: a little under 2 hours, modelled",
     ),
     "naruto-256": Recipe(
         "naruto-256",
         (Leg(200, 1e-4),),
         resolution=256,
         batch=12,
-        expect="11.5 GiB on the GPU, 11 minutes by ten steps of an H200 (14.56 GiB cap); a T4: half an hour, modelled",
+        expect="9.0 GiB on the GPU; 1.5 minutes on an H200, by one step of it; a T4: 17 minutes, modelled",
     ),
 }

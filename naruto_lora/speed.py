@@ -69,8 +69,7 @@ def steps(recipes, show=None) -> list[dict]:
     """
     recipes = list(recipes)
     device = models.device_for(recipes[0].precision)
-    card = memory.Card.here(device)
-    chosen = [plans.plan(recipe, card, 0, lean=device.type == "cuda").rung for recipe in recipes]
+    chosen = [plans.here(recipe, steps_left=0).rung for recipe in recipes]
     unet = models.load_unet(recipes[0].base, models.DTYPES[recipes[0].precision], device)
     rows = []
     for number, (recipe, rung) in enumerate(zip(recipes, chosen, strict=True)):

@@ -277,6 +277,7 @@ class Run:
                     f"the GPU, or take a smaller resolution; what is trained is kept, run it again to go on"
                 )
             self.rungs.pop(0)
+            self.engine = None  # else its copies of the weights would stand beside the next one's
             self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
             memory.free()
             files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0].say()}")

@@ -1,6 +1,7 @@
 """The lean step against the plain one: the same losses and gradients, whatever is kept, stored or recomputed."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -124,6 +125,63 @@ def test_another_rung_takes_up_what_the_one_before_has_stored(base):
         assert error(gradients(parameters), expected) < 1e-5
 
 
+class Recorded:
+    """A CUDA graph's part, on a CPU: what is recorded runs again on inputs put in its place."""
+
+    def __init__(self, engine, inputs, seed):
+        self.engine, self.inputs, self.seed = engine, {k: v.clone() for k, v in inputs.items()}, seed.clone()
+        engine._micro_step(self.inputs, self.seed)
+
+    def __call__(self, inputs, seed):
+        for name, value in inputs.items():
+            self.inputs[name].copy_(value)
+        self.seed.copy_(seed)
+        return self.engine._micro_step(self.inputs, self.seed)
+
+
+def test_a_recorded_step_adds_up_like_the_others_and_has_no_share_in_the_recording(base, monkeypatch):
+    monkeypatch.setattr(lean, "_Graph", Recorded)
+    _, once = plain(base, 3)
+    unet, parameters = loaded(base)
+    engine = lean.Lean(unet, parameters, memory.Rung(3, graphed=True))
+    for _ in range(lean.AFTER + 2):
+        engine.accumulate(inputs(base, 3), torch.full((3,), 2.0))
+    assert len(engine.graphs) == 1
+    assert error(gradients(parameters), (lean.AFTER + 2) * once) < 1e-5
+    engine.accumulate(inputs(base, 1), torch.full((1,), 2.0))  # another shape has no graph yet
+    assert len(engine.graphs) == 1
+    assert engine.release() and not engine.release()
+
+
+def test_where_nothing_can_be_recorded_or_compiled_it_goes_on_without_and_says_so(base, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("not here\nand more")
+
+    monkeypatch.setattr(lean, "_Graph", fails)
+    monkeypatch.setattr(fused, "compiled", fails)
+    losses, once = plain(base, 3)
+    unet, parameters = loaded(base)
+    engine = lean.Lean(unet, parameters, memory.Rung(3, graphed=True, compiled=True))
+    for _ in range(lean.AFTER + 2):
+        assert error(engine.accumulate(inputs(base, 3), torch.full((3,), 2.0)), losses) < 1e-6
+    assert error(gradients(parameters), (lean.AFTER + 2) * once) < 1e-5
+    compiling, recording = engine.news
+    assert "torch.compile does not work here (not here" in compiling
+    assert recording == "no CUDA graph can be recorded here (not here): it goes on without"
+
+
+def test_a_recording_that_runs_out_of_memory_is_the_runs_to_deal_with(base, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(lean, "_Graph", full)
+    unet, parameters = loaded(base)
+    engine = lean.Lean(unet, parameters, memory.Rung(3, graphed=True))
+    engine.seen = {(3, 4, 16, 8): lean.AFTER}
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.accumulate(inputs(base, 3), torch.full((3,), 2.0))
+
+
 def test_a_unet_of_another_kind_is_refused_with_the_layers_name(base):
     unet, parameters = loaded(base)
     assert lean.unsupported(unet) is None
@@ -200,6 +258,16 @@ def test_out_of_memory_takes_the_next_rung_and_the_run_ends_as_if_nothing_had_be
     rungs = [memory.Rung(plan.batch), memory.Rung(plan.batch, recompute=3), memory.Rung(1, recompute=100)]
     run = train.begin(plan, tmp_path, cache_folder, rungs=rungs)
     monkeypatch.setattr(lean.Lean, "accumulate", out_of_memory(run.engine, {4, 9}))  # in the second and fourth step
+    before, make = weakref.ref(run.engine), lean.make_engine
+
+    def alone(*args):
+        nonlocal before
+        assert before() is None  # two engines would hold the weights twice
+        engine = make(*args)
+        before = weakref.ref(engine)
+        return engine
+
+    monkeypatch.setattr(lean, "make_engine", alone)
     run.to_the_end()
     assert run.step == plan.steps == len(run.record["losses"])
     assert run.rungs == rungs[2:]

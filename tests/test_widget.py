@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from naruto_lora import album, votes
+from naruto_lora import album, gallery, pipeline, votes
 from naruto_lora.ballot import BlindVote
 from naruto_lora.widget import PromptComparer
 
@@ -276,3 +276,29 @@ def test_the_result_is_told_only_where_the_interval_leaves_a_half(ballot):
     assert "LoRA is preferred" in box.status.value
     with pytest.raises(ValueError, match="two different models of base, LoRA"):
         votes.Votes(box.votes.file, {"base": [], "LoRA": []}, [], ("base", "base"))
+
+
+def test_a_real_pipeline_is_usable_after_stop_and_draws_what_draw_draws(pipe, tmp_path):
+    look = dict(steps=4, guidance_scale=2.0, resolution=32)
+    told = []
+
+    def stopping(*rest, show, stop, **options):
+        def shown(phase, done, total):
+            told.append(phase)
+            show(phase, done, total)
+            if len(told) == 2:
+                made.stop.click()
+
+        return pipeline.draw(*rest, show=shown, stop=stop, **options)
+
+    made = PromptComparer(tmp_path, pipe, {"base": "base", "LoRA": "style"}, ["a man smiling"], stopping, **look)
+    made.seed.value, made.scales["LoRA"].value = 3, 0.8
+    generate(made)
+    assert "Stopped after 0 of 2" in made.status.value and len(told) == 2
+    generate(made)
+    assert "Drawn in" in made.status.value
+    expected = [pipeline.draw(pipe, ["a man smiling"], 3, name, scale, **look)[0] for name, scale in
+                (("base", 1), ("style", 0.8))]
+    assert [p.tobytes() for p in made.viewer.shown.values()] == [p.tobytes() for p in expected]
+    kept = next(iter(album.Album(tmp_path).sets.values()))["pictures"]["LoRA at 0.8"]
+    assert gallery.redraw(pipe, tmp_path / kept).tobytes() == expected[1].tobytes()

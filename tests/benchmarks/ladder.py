@@ -20,14 +20,14 @@ COLUMNS = {  # heading: field, format; 'x stock' is the share of the stock scrip
     "kernels": ("launches", "{:,.0f}"),
     "T4, modelled": ("t4_ms", "{:,.0f} ms"),
     "of stock ": ("t4_ms", "share"),
-    "GiB allocated": ("allocated_gib", "{:.1f}"),
-    "reserved": ("reserved_gib", "{:.1f}"),
+    "allocated": ("allocated_gib", "{:.1f}"),
+    "GiB reserved": ("reserved_gib", "{:.1f}"),
     "ready after": ("ready_s", "{:.0f} s"),
     "loss − fp32's": ("loss_error", "{:.1e}"),
     "gradient error": ("grad_error", "{:.1e}"),
     "commit": ("commit", "{}"),
 }
-SHORT = ("× faster", "GPU work", "of stock", "T4, modelled", "of stock ", "GiB allocated")
+SHORT = ("× faster", "GPU work", "of stock", "T4, modelled", "of stock ", "GiB reserved")
 
 
 def read(file: Path = RESULTS) -> list[dict[str, str]]:
