@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from . import hub, memory, plan, predict
+from . import hub, memory, models, pipeline, plan, predict
 
 GPU_MENU = "on Colab: Runtime › Change runtime type › T4 GPU, then run all cells again"
 HOST = 1.5 * memory.GIB  # Python's and torch's own (measured, README 'Full size')
@@ -68,8 +68,9 @@ def _training(recipe, card: memory.Card) -> Row:
 
 
 def _drawing(recipe, card: memory.Card) -> Row:
-    weights = _weights(recipe)
-    needed = weights + 2 * recipe.resolution**2 * 1280  # the VAE's decoder at one picture (pipeline.VAE_NUMBERS)
+    size = 2 if recipe.precision == "fp16" else 4
+    side = models.unet_config(recipe.base).get("sample_size", 128) * 8  # px: what the base was made for
+    needed = _weights(recipe) + size * side**2 * pipeline.VAE_NUMBERS  # one picture in the VAE's decoder
     short = "draw at a lower `resolution`, or end what else uses the card" if needed > card.free else ""
     return Row("memory to draw", f"{card.free / memory.GIB:.1f} GiB free", f"{needed / memory.GIB:.1f} GiB", short)
 
@@ -77,7 +78,7 @@ def _drawing(recipe, card: memory.Card) -> Row:
 def _weights(recipe) -> float:
     """Bytes of the whole pipeline, reckoned from the U-Net's: SDXL's other parts are a third of it."""
     size = 2 if recipe.precision == "fp16" else 4
-    return 4 / 3 * size * predict.shape(recipe.base, recipe.resolution).numbers
+    return 4 / 3 * size * predict.shape_of(recipe).numbers
 
 
 def _host(recipe) -> Row:
@@ -108,7 +109,7 @@ def _disk_row(what: str, place: Path, needed: float) -> Row:
 
 def runs_bytes(recipe) -> float:
     """Of a run's folder and its encoded pictures, about: five checkpoints of LoRA and optimizer, 2,000 pictures."""
-    adapter = sum(predict.shape(recipe.base, recipe.resolution).sides) * recipe.rank * 4
+    adapter = sum(predict.shape_of(recipe).sides) * recipe.rank * 4
     latents = 2000 * (2 if recipe.flip else 1) * 2 * 2 * 4 * (recipe.resolution / 8) ** 2
     return 5 * 3 * adapter + latents
 

@@ -19,6 +19,7 @@ def machine(monkeypatch):
     sdxl = __import__("sdxl")
     monkeypatch.setattr(preflight.predict.models, "unet_config", lambda base: sdxl.UNET)
     monkeypatch.setattr(preflight.hub, "wanted", lambda recipe: [])
+    monkeypatch.setattr(preflight.models, "pixels_a_latent", lambda base, vae="": 8)
     preflight.predict.shape.cache_clear()
 
     def set(host=11.0, disk=70e9, download=0):
@@ -58,6 +59,8 @@ def test_smaller_cards_give_up_more_and_a_tiny_one_can_not_train():
     taken = {gib: rows(gib)[1]["memory to train"] for gib in (6, 8, 16)}
     assert all(row.short == "" for row in taken.values())
     assert len({row.needed for row in taken.values()}) == 3
+    low = recipe.load("naruto-256")
+    assert rows(16, low)[1]["memory to draw"] == rows(16)[1]["memory to draw"]  # both draw at the base's own size
     found, by = rows(2)
     assert "needs" in by["memory to train"].short and by["memory to draw"].short
     assert by["memory to train"].as_dict()["enough?"].startswith("care")
