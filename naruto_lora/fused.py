@@ -7,6 +7,7 @@ buffers and gives autograd nothing for them.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -91,6 +92,7 @@ def group_norm_backward(grad, x, shift, mean, rstd, weight, bias, groups, eps, s
     if silu:
         out = torch.native_group_norm(total, weight, bias, *sizes, eps)[0]
         grad = aten.silu_backward(grad, out)
+    mean, rstd = mean.to(total.dtype), rstd.to(total.dtype)  # compiled, they were kept in fp32
     mask = [True, False, False]
     return aten.native_group_norm_backward(grad.contiguous(), total, mean, rstd, weight, *sizes, mask)[0]
 
@@ -121,16 +123,27 @@ def compiled(device) -> SimpleNamespace:
 
     Raises RuntimeError with one line if torch.compile does not work on this machine.
     """
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = SHAPES  # a graph a shape
-    torch._dynamo.config.accumulated_recompile_limit = SHAPES * len(vars(PLAIN))
-    ops = SimpleNamespace(**{name: torch.compile(f, dynamic=False) for name, f in vars(PLAIN).items()})
+    ops = SimpleNamespace(**{name: _compiled(function) for name, function in vars(PLAIN).items()})
     try:
         ops.residual(*torch.zeros(2, 1, 1, 1, 1, device=device), None)
     except Exception as error:  # no C compiler, no Triton for this card: of many kinds
         raise RuntimeError(f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
     return ops
+
+
+def _compiled(function):
+    """`function` compiled for each shape; the limit on shapes is each thread's own, and backward passes have theirs."""
+    made = torch.compile(function, dynamic=False)
+
+    @functools.wraps(function)
+    def call(*arguments):
+        import torch._dynamo.config as config
+
+        if config.recompile_limit != SHAPES:
+            config.recompile_limit, config.accumulated_recompile_limit = SHAPES, SHAPES * len(vars(PLAIN))
+        return made(*arguments)
+
+    return call
 
 
 class AddNorm(Function):

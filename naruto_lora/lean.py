@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from . import fused, step
+from . import fused, memory, step
 
 ALIGNED = 8  # attention kernels read rows that begin at multiples of so many numbers
 AFTER = 2  # micro-batches of one shape that run as they are, before their kernels are recorded as a CUDA graph
@@ -146,21 +146,23 @@ class Lean:
         reason = unsupported(unet)
         if reason:
             raise ValueError(f"the lean step can't run this U-Net: {reason}")
-        self.unet, self.graphed, self.ops, self.news = unet, rung.graphed, fused.PLAIN, []
+        self.unet, self.batch, self.graphed, self.news = unet, rung.batch, rung.graphed, []
+        self.fast = fused.PLAIN
         if rung.compiled:
             self._compile()
         self.projections = []
         _patch(self, unet, STORES[rung.weights], units(unet)[: rung.recompute])
         self._lay_out(parameters)
-        self.graphs, self.seen = {}, {}
+        self.graph, self.shape, self.seen = None, None, 0  # recorded; of the latents; micro-batches of it so far
         self.refresh()
 
     def _compile(self) -> None:
         try:
-            self.ops = fused.compiled(self.unet.device)
-            self.unet.to(memory_format=torch.channels_last)
+            self.fast = fused.compiled(self.unet.device)
         except RuntimeError as error:
             self.news.append(f"torch.compile does not work here ({error}): it goes on without, somewhat slower")
+            return
+        self.unet.to(memory_format=torch.channels_last)
 
     def _lay_out(self, parameters) -> None:
         """Half-precision copies of the LoRA, and gradients in flat buffers, in the order of the projections."""
@@ -195,23 +197,25 @@ class Lean:
 
     def accumulate(self, inputs: dict[str, torch.Tensor], seed: torch.Tensor) -> torch.Tensor:
         """Losses (B,) of a micro-batch (what `step.diffusion_loss` takes); adds the gradients of seed (B,) * losses."""
-        if not self.graphed:
+        shape = tuple(inputs["latents"].shape)
+        if not self.graphed or shape[0] < self.batch or shape != self.shape:
+            self.release()  # its memory would stand beside what this shape needs
+        if not self.graphed or shape[0] < self.batch:  # an epoch's last
             return self._micro_step(inputs, seed)
-        key = tuple(inputs["latents"].shape)
-        if key not in self.graphs:
-            self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] <= AFTER or not self._record(key, inputs, seed):
-                return self._micro_step(inputs, seed)
-        return self.graphs[key](inputs, seed)
+        self.seen = self.seen + 1 if shape == self.shape else 1
+        self.shape = shape
+        if self.graph is None and (self.seen <= AFTER or not self._record(inputs, seed)):
+            return self._micro_step(inputs, seed)
+        return self.graph(inputs, seed)
 
-    def _record(self, key, inputs, seed) -> bool:
-        """Whether a CUDA graph of this micro-step could be recorded. Raises torch.OutOfMemoryError."""
+    def _record(self, inputs, seed) -> bool:
+        """Whether a CUDA graph of this micro-step could be recorded. Raises what says that memory is full."""
         before = self.grads.clone()
         try:
-            self.graphs[key] = _Graph(self, inputs, seed)
-        except torch.OutOfMemoryError:
-            raise
+            self.graph = _Graph(self, inputs, seed)
         except RuntimeError as error:
+            if memory.is_full(error):
+                raise
             self.graphed = False
             reason = str(error).splitlines()[0][:120]
             self.news.append(f"no CUDA graph can be recorded here ({reason}): it goes on without")
@@ -225,8 +229,8 @@ class Lean:
         return losses.detach()
 
     def release(self) -> bool:
-        """Lets go of the recorded graphs and their memory, if there are any; they are recorded again when needed."""
-        held, self.graphs = bool(self.graphs), {}
+        """Lets go of the recorded graph and its memory, if there is one; it is recorded again when needed."""
+        held, self.graph = self.graph is not None, None
         return held
 
 
@@ -240,10 +244,12 @@ class _Graph:
 
     def __init__(self, lean, inputs, seed):
         self.inputs, self.seed = {name: value.clone() for name, value in inputs.items()}, seed.clone()
-        self.graph = torch.cuda.CUDAGraph()
-        pool = next((other.graph.pool() for other in lean.graphs.values()), None)
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.losses = lean._micro_step(self.inputs, self.seed)
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.losses = lean._micro_step(self.inputs, self.seed)
+        finally:
+            torch.cuda.set_stream(stream)  # a recording that fails leaves its own in place
 
     def __call__(self, inputs, seed):
         for name, value in inputs.items():
@@ -303,9 +309,9 @@ def _patch(lean, unet, keep, recomputed) -> None:
         if kind == "BasicTransformerBlock":
             forward = _transformer_block(lean, module, keep)
         elif kind == "ResnetBlock2D":
-            forward = functools.partial(_resnet, lean.ops, module)
+            forward = functools.partial(_resnet, lean.fast, module)
         elif kind == "Transformer2DModel":
-            forward = functools.partial(_transformer, lean.ops, module)
+            forward = functools.partial(_transformer, lean.fast, module)
         elif kind in ("UpBlock2D", "CrossAttnUpBlock2D"):
             forward = functools.partial(_up_block, module)
         elif isinstance(module, torch.nn.Conv2d):
@@ -317,6 +323,11 @@ def _patch(lean, unet, keep, recomputed) -> None:
 
 def _convolution(conv, x):
     return fused.Convolution.apply(x, conv, True)
+
+
+def _ops(fast):
+    """The element-wise functions: `fast` ones where there is much to do, not for a forward pass now and then."""
+    return fast if torch.is_grad_enabled() else fused.PLAIN
 
 
 def _recomputing(forward):
@@ -334,7 +345,7 @@ def _recomputing(forward):
 
 def _transformer_block(lean, block, keep):
     """The forward method of a BasicTransformerBlock: x (B, T, C), encoder_hidden_states (B, L, D) -> (B, T, C)."""
-    own, cross, ops = block.attn1, block.attn2, lean.ops
+    own, cross, fast = block.attn1, block.attn2, lean.fast  # no method may keep the engine, or two would stand at once
     qkv = Projection([own.to_q, own.to_k, own.to_v], keep)
     own_out = Projection([own.to_out[0]], keep)
     q = Projection([cross.to_q], keep)
@@ -345,6 +356,7 @@ def _transformer_block(lean, block, keep):
     kept = [_stored([layer], keep)[0] for layer in (first, second)]
 
     def forward(x, attention_mask=None, encoder_hidden_states=None, **_):
+        ops = _ops(fast)
         x, normed = fused.AddNorm.apply(x, None, block.norm1, ops)
         (delta,) = own_out(fused.attention(*qkv(normed), own.heads))
         x, normed = fused.AddNorm.apply(x, delta, block.norm2, ops)
@@ -356,9 +368,9 @@ def _transformer_block(lean, block, keep):
     return forward
 
 
-def _transformer(ops, model, x, encoder_hidden_states=None, **_):
+def _transformer(fast, model, x, encoder_hidden_states=None, **_):
     """The forward method of a Transformer2DModel: x (B, C, H, W) -> ((B, C, H, W),)."""
-    high, wide = x.shape[2:]
+    ops, (high, wide) = _ops(fast), x.shape[2:]
     hidden = fused.GroupNorm.apply(x, None, model.norm, False, ops)
     hidden = model.proj_in(hidden.permute(0, 2, 3, 1).flatten(1, 2))  # (B, H W, C)
     for block in model.transformer_blocks:
@@ -380,8 +392,9 @@ def _up_block(block, hidden_states, res_hidden_states_tuple, temb, encoder_hidde
     return x
 
 
-def _resnet(ops, block, x, temb, skip=None, **_):
+def _resnet(fast, block, x, temb, skip=None, **_):
     """The forward method of a ResnetBlock2D: x (B, C, H, W), joined with `skip`, temb (B, E) -> (B, C', H, W)."""
+    ops = _ops(fast)
     if skip is not None and not skip.requires_grad and x.requires_grad:
         hidden, shortcut = fused.BesideFrozen.apply(x, skip, block, ops)
     else:

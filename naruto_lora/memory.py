@@ -108,8 +108,15 @@ def available(device: torch.device) -> int:
     """Bytes that can still be taken on a GPU: free ones and those in PyTorch's cache, within the process's cap."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
-    cap = int(total * torch.cuda.get_per_process_memory_fraction(torch.cuda.current_device())) - reserved
+    number = torch.cuda.current_device() if device.index is None else device.index
+    cap = int(total * torch.cuda.get_per_process_memory_fraction(number)) - reserved
     return min(free, cap) + reserved - torch.cuda.memory_allocated(device)
+
+
+def is_full(error: RuntimeError) -> bool:
+    """Whether it says that the GPU's memory, or the host's for a copy, is used up: CUDA's libraries do in many ways."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
 
 
 def free() -> None:

@@ -211,8 +211,8 @@ def _divisors(count: int) -> list[int]:
 
 
 def _row(what: str, gives_up: str, rung: Rung, recipe, card: Card) -> Row:
-    many = recipe.buckets and rung.batch > 1  # shapes of micro-batches, a graph for each
-    rung = replace(rung, graphed=card.cuda and rung.lean and rung.weights != "host" and not many)
+    whole = rung.weights != "host" and not recipe.buckets  # one shape, and nothing that is copied in between
+    rung = replace(rung, graphed=card.cuda and rung.lean and whole)
     shape = predict.shape_of(recipe)
     size = models.DTYPES[recipe.precision].itemsize
     host = PINNED * shape.linear * size if rung.weights == "host" else 0

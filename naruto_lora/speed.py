@@ -95,6 +95,8 @@ def _micro_step(unet, recipe, rung, device) -> float:
     """Seconds of one micro-step of `recipe` as `rung` says, on random inputs."""
     memory.reset_peak()
     parameters = lora.inject(unet, recipe.rank, recipe.alpha)
+    if rung.lean and lean.unsupported(unet):
+        rung = memory.Rung(rung.batch, rung.recompute, lean=False)
     engine = lean.make_engine(unet, parameters, rung)
     side = recipe.resolution // models.pixels_a_latent(recipe.base, recipe.vae)
     inputs = random_inputs(unet, rung.batch, side, device)

@@ -115,7 +115,8 @@ class Run:
         self.stepping = False  # inside the optimizer's step, where weights are half changed
         self.warned, self.holdout = set(), None  # what was told once; the newest mean hold-out loss
         self.rungs = list(rungs or [memory.Rung(recipe.batch, lean=False)])  # the first is in use
-        self.engine = lean.make_engine(unet, parameters, self.rungs[0])
+        self.engine = None
+        self._set_up(None)
 
     def resume(self, found: Path, show=None) -> None:
         """Goes on from the checkpoint `found`; the mirror's comes into `out` first, with the best one and previews."""
@@ -230,7 +231,7 @@ class Run:
         draw = step.draw(self.recipe, self.step, self.trained.shapes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
-        scale = self.scaler.state_dict()
+        scale = None
         for _ in range(RETRIES):
             losses = self._within_memory(functools.partial(self._accumulate, draw), show)
             self.scaler.unscale_(self.optimizer)
@@ -243,9 +244,10 @@ class Run:
                 self.stepping = False
                 self.scaler.update()
                 return statistics.fmean(losses), norm
+            scale = scale or self.scaler.state_dict()
+            self.scaler.update()  # halves the loss scale
             if not (self.scaler.is_enabled() and all(map(math.isfinite, losses))):
                 break
-            self.scaler.update()  # halves the loss scale
         self.scaler.load_state_dict(scale)  # a run that goes on from here starts with the scale that worked
         raise RuntimeError(self._not_finite(draw, losses))
 
@@ -262,31 +264,43 @@ class Run:
 
     def _within_memory(self, compute, show):
         """`compute()`, again one rung further down each time that the GPU's memory runs out."""
+        released = False
         while True:
             try:
                 return compute()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not memory.is_full(error):
+                    raise
                 reason = str(error).split(". ")[0]
-            held = self.engine.release()  # outside of `except`: there the traceback keeps the failed pass alive
+            released = not released and self.engine.release()  # outside of `except`, which keeps the failed pass alive
             memory.free()
-            if not held:
+            if not released:  # or it was not enough
                 self._step_down(reason, show)
 
     def _step_down(self, reason: str, show) -> None:
         """Puts the next rung's engine in the place of this one's. Raises RuntimeError if there is none that fits."""
         self.engine = None  # else its copies of the weights would stand beside the next one's
+        self.rungs.pop(0)
+        self._set_up(reason)
+        files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0].say()}")
+
+    def _set_up(self, reason: str | None) -> None:
+        """Makes the engine of the first rung that can be; forgets those before it."""
         while self.engine is None:
-            self.rungs.pop(0)
+            memory.free()
             if not self.rungs:
                 raise RuntimeError(
                     f"step {self.step + 1} does not fit in the GPU's memory ({reason}): end other programs that use "
                     f"the GPU, or take a smaller resolution; what is trained is kept, run it again to go on"
                 )
-            memory.free()
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 self.engine = lean.make_engine(self.unet, self.parameters, self.rungs[0])
+            except RuntimeError as error:
+                if not memory.is_full(error):
+                    raise
+                reason = str(error).split(". ")[0]
+                self.rungs.pop(0)
         memory.free()
-        files.tell(show, f"the GPU's memory is full in step {self.step + 1}: it goes on with {self.rungs[0].say()}")
 
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
         """Gradients of the mean loss over the whole draw, in micro-batches; the losses (E,), on the device."""
@@ -297,7 +311,7 @@ class Run:
             seed = self.scaler.scale(torch.full((len(part),), 1 / count, device=self.device))
             losses.append(self.engine.accumulate(self._inputs(draw, part), seed))
         order = torch.tensor([place for part in parts for place in part]).argsort()
-        return torch.cat(losses)[order.to(self.device)]
+        return torch.cat(losses)[memory.send(order, self.device)]
 
     def _inputs(self, draw: step.Draw, part: list[int]) -> dict[str, torch.Tensor]:
         """What `diffusion_loss` takes, for the pictures at the places `part` of `draw`."""

@@ -33,13 +33,19 @@ def test_what_a_gpu_has_free(monkeypatch, free, cap, reserved, allocated, expect
     about = SimpleNamespace(name="a card", major=7, minor=5, multi_processor_count=40)
     answers = {
         "mem_get_info": (free * memory.GIB, 15 * memory.GIB),
-        "get_per_process_memory_fraction": cap,
         "memory_reserved": reserved * memory.GIB,
         "memory_allocated": allocated * memory.GIB,
         "get_device_properties": about,
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
+
+    def fraction(device):
+        assert isinstance(device, int)  # torch 2.11 refuses a device without a number
+        return cap
+
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     card = memory.Card.here(torch.device("cuda"))
     assert (card.name, card.free / memory.GIB, card.sm, card.processors) == ("a card", expected, 75, 40)
 
