@@ -68,12 +68,10 @@ def _missing(repository: str, kind: str, sizes: dict[str, int]) -> Wanted | None
     return Wanted(repository, kind, tuple(sizes), sum(sizes.values())) if sizes else None
 
 
-def fetch(recipe, show=None) -> int:
-    """Downloads what is `wanted`; returns the bytes. Raises what `wanted` and `Wanted.download` do."""
-    missing = wanted(recipe)
-    for each in missing:
+def fetch(recipe, show=None) -> None:
+    """Downloads what is `wanted`. Raises what `wanted` and `Wanted.download` do."""
+    for each in wanted(recipe):
         each.download(show)
-    return sum(each.size for each in missing)
 
 
 def folder(repository: str, kind: str = "dataset") -> Path:
