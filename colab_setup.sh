@@ -190,6 +190,7 @@ case $command in
         choose_environment
         install "$command"
         if [ -n "${VIRTUAL_ENV:-}" ]; then export PATH="$VIRTUAL_ENV/bin:$PATH"; fi
+        export PYDEVD_DISABLE_FILE_VALIDATION=1 # Python 3.13's kernels would say four lines each
         if [ "$command" = run ]; then exec "$python" -m naruto_lora.tiny.run "$@"; fi
         exec "$python" -m pytest "$@" ;;
     '') if on_colab; then prepare_colab; else usage; fi ;;

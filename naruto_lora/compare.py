@@ -22,7 +22,8 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str] | None = None, 
     left = MARGIN * 2 + max(int(font.getlength(name)) for name in rows)
     width = left + count * (size + MARGIN)
     texts = [textwrap.fill(c, max(8, int(size / small.getlength("n"))), max_lines=9) for c in captions or ()]
-    under = max((text.count("\n") + 1 for text in texts), default=0) * (small.size + 4)
+    line = small.getbbox("A")[3] + 4  # Pillow's own, between one line of a text and the next
+    under = max((text.count("\n") + 1 for text in texts), default=0) * line + (small.getmetrics()[1] if texts else 0)
     sheet = Image.new("RGB", (width, MARGIN + len(rows) * (size + MARGIN) + under), PAPER)
     pen = ImageDraw.Draw(sheet)
     for r, (name, pictures) in enumerate(rows.items()):

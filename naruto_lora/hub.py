@@ -68,12 +68,10 @@ def _missing(repository: str, kind: str, sizes: dict[str, int]) -> Wanted | None
     return Wanted(repository, kind, tuple(sizes), sum(sizes.values())) if sizes else None
 
 
-def fetch(recipe, show=None) -> int:
-    """Downloads what is `wanted`; returns the bytes. Raises what `wanted` and `Wanted.download` do."""
-    missing = wanted(recipe)
-    for each in missing:
+def fetch(recipe, show=None) -> None:
+    """Downloads what is `wanted`. Raises what `wanted` and `Wanted.download` do."""
+    for each in wanted(recipe):
         each.download(show)
-    return sum(each.size for each in missing)
 
 
 def folder(repository: str, kind: str = "dataset") -> Path:
@@ -165,17 +163,17 @@ def _of_data(listing: dict[str, int]) -> dict[str, int]:
 
 def _watched(wanted: Wanted, show, environment: dict) -> str | None:
     """Downloads in a process of its own: None when all is here, 'stalled', or the error's class."""
-    root, package = _cache(wanted), str(Path(__file__).parents[1])
+    places, package = _places(wanted), str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
-    begun, before = time.monotonic(), _bytes(root)
+    begun, before = time.monotonic(), _bytes(places)
     with tempfile.TemporaryFile("w+") as said:
         command = [sys.executable, "-m", "naruto_lora.hub", wanted.kind, wanted.repository, *wanted.names]
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment | {"PYTHONPATH": path})
         try:
             most = before
             while process.poll() is None:
-                time.sleep(0.2)
-                now = _bytes(root)
+                time.sleep(0.3)
+                now = _bytes(places)
                 if now > most:
                     most, begun = now, time.monotonic()
                     if show:
@@ -191,15 +189,17 @@ def _watched(wanted: Wanted, show, environment: dict) -> str | None:
         return None if process.returncode == 0 else said.read().strip().splitlines()[-1:][0]
 
 
-def _cache(wanted: Wanted) -> Path:
+def _places(wanted: Wanted) -> list[Path]:
+    """Where a download shows that it moves: the repository's own folder, and Xet's."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE, f"{wanted.kind}s--{wanted.repository.replace('/', '--')}")
+    own = f"{wanted.kind}s--{wanted.repository.replace('/', '--')}"
+    return [Path(constants.HF_HUB_CACHE, own), Path(constants.HF_XET_CACHE)]
 
 
-def _bytes(root: Path) -> int:
+def _bytes(places: list[Path]) -> int:
     total = 0
-    for file in root.rglob("*"):
+    for file in (file for place in places for file in place.rglob("*")):
         try:
             total += 0 if file.is_symlink() or not file.is_file() else file.stat().st_size
         except OSError:  # gone meanwhile

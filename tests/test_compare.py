@@ -161,3 +161,10 @@ def test_cards_name_and_escape_and_keep_large_pictures_large():
     large, small = embedded(html)
     assert large.size == (600, 600) and small.size == (320, 320)  # zooming shows what there is
     assert "<i>" not in html and html.count("&lt;i&gt;") == 2 and html.count("pixelated") == 1
+
+
+def test_a_grids_captions_are_not_cut():
+    for words in range(1, 40, 3):
+        sheet = compare.grid({"a": [Image.new("RGB", (64, 64))]}, ["gypsy " * words], size=256)
+        last = np.asarray(sheet.convert("L"))[-2:]
+        assert (last == last.max()).all(), words

@@ -112,8 +112,11 @@ def test_an_adapter_of_another_rank_is_refused_in_a_sentence(base, trained):
 
 
 def test_an_old_torchao_is_named_with_its_mend(base, tmp_path):
-    (tmp_path / "torchao").mkdir()
-    (tmp_path / "torchao" / "__init__.py").write_text("")
+    for package in ("torchao", "torchao/quantization"):  # older diffusers import from it what they find
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text(
+            '__version__ = "0.10.0"\n\ndef __getattr__(name):\n    return type(name, (), {})\n'
+        )
     info = tmp_path / "torchao-0.10.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchao\nVersion: 0.10.0\n")

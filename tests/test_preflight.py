@@ -12,6 +12,14 @@ FULL = recipe.load("naruto-1024")
 Usage = namedtuple("Usage", "total used free")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def shapes():
+    """The full-size U-Net's sizes, reckoned once here and forgotten afterwards."""
+    preflight.predict.shape.cache_clear()
+    yield
+    preflight.predict.shape.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def machine(monkeypatch):
     """A T4's host with nothing to download, SDXL's U-Net at full size; `set(host=, disk=)` changes it."""
@@ -20,7 +28,6 @@ def machine(monkeypatch):
     monkeypatch.setattr(preflight.predict.models, "unet_config", lambda base: sdxl.UNET)
     monkeypatch.setattr(preflight.hub, "wanted", lambda recipe: [])
     monkeypatch.setattr(preflight.models, "pixels_a_latent", lambda base, vae="": 8)
-    preflight.predict.shape.cache_clear()
 
     def set(host=11.0, disk=70e9, download=0):
         monkeypatch.setattr(memory, "_host_free", lambda: host * memory.GIB)
@@ -29,8 +36,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(preflight.hub, "wanted", lambda recipe: wanted)
 
     set()
-    yield set
-    preflight.predict.shape.cache_clear()
+    return set
 
 
 def rows(gib=None, plan=FULL):

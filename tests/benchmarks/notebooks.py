@@ -70,7 +70,7 @@ def parameters(args) -> dict[str, dict]:
         HIGH: common | {"recipe": str(files["high"]), "steps": args.steps[0]},
         LOW: common | {"recipe": str(files["low"]), "steps": args.steps[1]},
         COMPARE: common | {"recipe": str(files["high"]), "adapter_256": "low", "adapter_1024": "high",
-                           "judge": "naruto_lora.tiny.judge", "prompt_count": 2, "seed_count": 2},
+                           "judge": "naruto_lora.tiny.judge", "prompt_count": 4, "seed_count": 2},
     }  # fmt: skip
 
 
