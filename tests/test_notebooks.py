@@ -242,3 +242,11 @@ def test_a_failing_cell_is_told_with_its_error_and_its_notebook(executed, base, 
     plan["01_setup"] |= {"recipe": "naruto-512"}
     with pytest.raises(RuntimeError, match="ValueError: no recipe is called 'naruto-512'.*01_setup.ipynb"):
         embedded.execute(ROOT, tmp_path, plan)
+
+
+@pytest.mark.slow
+def test_a_parameter_that_no_notebook_has_stops_it_with_the_nearest_name(tmp_path):
+    plan = embedded.parameters(tmp_path, 4, 1)
+    plan["01_setup"] |= {"recipee": "naruto-256"}
+    with pytest.raises(RuntimeError, match="no parameter 'recipee': did you mean 'recipe'"):
+        embedded.execute(ROOT, tmp_path, plan)
