@@ -24,6 +24,7 @@ from . import files, hub
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+FEWEST = 3  # pictures to train on, and held out: style distance and copying can't be told from fewer
 THREADS = 2  # that decode, beside each other since Pillow lets go of the interpreter; Colab has two cores
 AHEAD = 32  # pictures decoded before they are asked for: 100 MB at 1024 px
 
@@ -220,17 +221,18 @@ def look(examples: list[Example], resolution: int) -> list[dict]:
 def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:
     """(training, hold-out) by each picture's own bytes, so that added pictures never move one across.
 
-    About `holdout` of the pictures are held out, and at least two (an interval needs them) unless it is 0.
-    Raises ValueError if nothing is left to train on.
+    About `holdout` of the pictures are held out, and at least three unless it is 0: figures with intervals need them.
+    Raises ValueError if as many aren't left to train on.
     """
     if holdout == 0:
         return list(examples), []
     places = [int.from_bytes(e.digest[:4]) / 16**8 for e in examples]
-    least = max(holdout, sorted(places)[:2][-1] + 16**-9)
+    least = max(holdout, sorted(places)[:FEWEST][-1] + 16**-9)
     held = [e for e, place in zip(examples, places, strict=True) if place < least]
     train = [e for e, place in zip(examples, places, strict=True) if place >= least]
-    if not train:
-        raise ValueError(f"with holdout {holdout:g} none of {len(examples)} pictures is left to train on; add pictures")
+    if len(train) < FEWEST:
+        raise ValueError(f"with holdout {holdout:g} {len(train)} of {len(examples)} pictures are left to train on, "
+                         f"fewer than {FEWEST}: add pictures, or choose a recipe with holdout 0")
     return train, held
 
 

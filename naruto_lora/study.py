@@ -28,8 +28,11 @@ def draw(pipe, models: dict[str, str], prompts: list[str], each: int, folder: st
     """{label: pictures}, `each` a prompt in a row, for `models` {label: adapter}; from `folder` what is there.
 
     Picture k has seed k for every model: were seeds common to prompts, a model that ignores its prompts would seem
-    to know a handful of pictures.
+    to know a handful of pictures. Raises ValueError for fewer prompts than the figures need, before any is drawn.
     """
+    if len(prompts) < data.FEWEST:
+        raise ValueError(f"a comparison needs {data.FEWEST} prompts or more, and there are {len(prompts)}: "
+                         "raise `prompt_count`, or add pictures")
     texts, drawn = repeated(prompts, each), {}
     for label, adapter in models.items():
         paths = gallery.draw_to(folder, pipe, texts, list(range(len(texts))), adapter, **look)

@@ -144,9 +144,9 @@ def test_a_picture_that_goes_while_we_work(tmp_path):
     sentence(caught)
 
 
-def test_nothing_left_to_train_on(tmp_path):
-    with pytest.raises(ValueError, match="none of 2 pictures is left to train on; add pictures") as caught:
-        data.split(data.load(Folder(tmp_path / "set").path), 0.9999)
+def test_too_few_left_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="0 of 2 pictures are left to train on, fewer than 3: add pictures") as caught:
+        data.split(data.load(Folder(tmp_path / "set").path), 0.05)
     sentence(caught)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from naruto_lora import card, encoders, metrics, page, report, similarity, study, verdict
+from naruto_lora import card, data, encoders, metrics, page, report, similarity, study, verdict
 from naruto_lora.tiny import world
 
 LABELS = ["base", "small <b>", "large"]
@@ -73,6 +73,21 @@ def test_a_models_figures_are_those_of_its_pictures(result, drawn):
     assert result.figures["large"]["prompt_fit"] == metrics.mean(fits.reshape(4, 2).mean(1))
     embedded = encoder.embed(drawn["large"]).reshape(4, 2, -1)
     assert result.figures["large"]["diversity"] == similarity.diversity(embedded)
+
+
+def test_as_few_hold_out_pictures_as_there_can_be_are_enough_for_every_figure(drawn):
+    encoder, few = encoders.load(JUDGE), {label: pictures[: data.FEWEST * EACH] for label, pictures in drawn.items()}
+    rng = np.random.default_rng(3)
+    held = [world.draw(p["attributes"], world.STYLE, rng, 64) for p in world.prompts(data.FEWEST, seed=8)]
+    real = encoder.embed(held), similarity.dhash(held)
+    made = study.Comparison(LABELS)
+    made.add_pictures(encoder, few, TEXTS[: data.FEWEST], EACH, real[0])
+    made.add_drift(encoder, few, EACH)
+    made.add_copying(encoder, few, real, few, real, EACH)
+    assert made.changes["base", "large"]["style_distance"].value < 0
+    assert made.figures["large"]["copying"].n == data.FEWEST
+    with pytest.raises(ValueError, match="needs 3 prompts or more, and there are 2: raise `prompt_count`"):
+        study.draw(None, {}, TEXTS[: data.FEWEST - 1], EACH, "nowhere")
 
 
 def test_json_keeps_the_hold_out_gain_beside_the_model(result, tmp_path):
@@ -158,10 +173,10 @@ def test_a_local_base_and_data_set_are_not_published(record, run, drawn, tmp_pat
 
 def test_drawn_sets_are_kept_and_not_drawn_again(pipe, tmp_path, monkeypatch):
     look = dict(steps=2, guidance_scale=2.0, resolution=32)
-    first = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:2], EACH, tmp_path, **look)
-    assert [len(pictures) for pictures in first.values()] == [4, 4] and len(list(tmp_path.glob("*.png"))) == 8
+    first = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:3], EACH, tmp_path, **look)
+    assert [len(pictures) for pictures in first.values()] == [6, 6] and len(list(tmp_path.glob("*.png"))) == 12
     monkeypatch.setattr(study.gallery.pipeline, "_draw_batch", None)  # nothing is left to draw
-    again = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:2], EACH, tmp_path, **look)
+    again = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:3], EACH, tmp_path, **look)
     assert [p.tobytes() for p in again["LoRA"]] == [p.tobytes() for p in first["LoRA"]]
     assert first["base"][0].tobytes() != first["LoRA"][0].tobytes()
 
