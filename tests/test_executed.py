@@ -53,7 +53,7 @@ def sizes(text):
 
 
 def test_a_copy_is_small_and_says_nothing_of_the_machine(source, tmp_path):
-    before = executed.fingerprint(source)
+    before = executed.sources(source)
     places = {str(tmp_path): "runs"}
     copy = executed.keep(ran(source, tmp_path), tmp_path / "out" / "copy.ipynb", "on a toaster", places)
     text, book = copy.read_text(), nbformat.read(copy, 4)
@@ -61,9 +61,22 @@ def test_a_copy_is_small_and_says_nothing_of_the_machine(source, tmp_path):
     for word in (str(tmp_path), "papermill", "widget", "image/png"):
         assert word not in text, word
     assert book.cells[1].source == "*on a toaster*" and book.cells[3].source.endswith('runs = "runs"')
-    assert executed.fingerprint(book) == before == book.metadata["naruto_lora"]["source"]
-    book.cells[2].source += "  # changed"
-    assert executed.fingerprint(book) != before
+    assert executed.sources(book) == before
+
+
+def test_a_copy_takes_new_text_but_no_new_code(source, tmp_path):
+    copy = executed.keep(ran(source, tmp_path), tmp_path / "out" / "copy.ipynb", "on a toaster", {})
+    current = nbformat.v4.new_notebook(cells=[cell.copy() for cell in executed.own(source)])
+    current.cells[0].source, file = "# Better title", tmp_path / "current.ipynb"
+    nbformat.write(current, file)
+    before = nbformat.read(copy, 4).cells
+    executed.reword(copy, file)
+    after = nbformat.read(copy, 4).cells
+    assert after[0].source == "# Better title" and after[1:] == before[1:] and len(after) == 5
+    for changed in (current.cells[::-1], current.cells[:2], [*current.cells[:2], nbformat.v4.new_code_cell("b = 2")]):
+        nbformat.write(nbformat.v4.new_notebook(cells=changed), file)
+        with pytest.raises(ValueError, match="run that notebook again"):
+            executed.reword(copy, file)
 
 
 def test_a_failed_run_is_not_kept(source, tmp_path):
@@ -83,9 +96,9 @@ def test_a_copy_is_of_the_current_source_and_fit_to_read(path):
     text, book = path.read_text(), nbformat.read(path, 4)
     nbformat.validate(book)
     name = next(name for name in NOTEBOOKS if path.stem.startswith(name))
-    current = executed.fingerprint(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4))
-    assert executed.fingerprint(book) == current == book.metadata["naruto_lora"]["source"], (
-        "remake the copies: bash colab_setup.sh run --executed"
+    assert executed.sources(book) == executed.sources(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)), (
+        "remake the copies: bash colab_setup.sh run --executed, or after new text alone: "
+        "python -m naruto_lora.tiny.executed"
     )
     assert path.stat().st_size < 1.5e6
     assert sizes(text) and all(max(size) <= executed.SIDE for size in sizes(text))

@@ -1,9 +1,11 @@
-"""Executed notebooks as readers on GitHub get them: small pictures, no widgets, nothing of the machine's own."""
+"""Executed notebooks as readers on GitHub get them: small pictures, no widgets, nothing of the machine's own.
+
+`python -m naruto_lora.tiny.executed` gives the copies the text of the current notebooks, whose code must be the same.
+"""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
 import json
 import re
@@ -18,11 +20,28 @@ PICTURES = ("image/png", "image/jpeg")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-def fingerprint(book) -> str:
-    """Of the cells that came from the source: their kinds, text and tags."""
-    cells = [cell for cell in book.cells if not set(ADDED) & set(cell.metadata.get("tags", []))]
-    plain = [(cell.cell_type, cell.source, sorted(cell.metadata.get("tags", []))) for cell in cells]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+def own(book) -> list:
+    """The cells that came from the source."""
+    return [cell for cell in book.cells if not set(ADDED) & set(cell.metadata.get("tags", []))]
+
+
+def sources(book) -> list[tuple[str, str]]:
+    """(kind, text) of each of its `own` cells."""
+    return [(cell.cell_type, cell.source) for cell in own(book)]
+
+
+def reword(file: Path, source: Path) -> None:
+    """Gives the copy `file` the text of the notebook `source`: what it shows came from the code alone.
+
+    Raises ValueError if the code or the order of the cells is another.
+    """
+    book, current = nbformat.read(file, 4), sources(nbformat.read(source, 4))
+    pairs = list(zip(sources(book), current, strict=False))
+    if len(own(book)) != len(current) or any(a[0] != b[0] or a[0] == "code" and a != b for a, b in pairs):
+        raise ValueError(f"'{file}' is of other code than '{source}': run that notebook again")
+    for cell, (_, text) in zip(own(book), current, strict=True):
+        cell.source = text
+    file.write_text(nbformat.writes(book, 4) + "\n", encoding="utf-8")
 
 
 def keep(file: Path, target: Path, note: str, places: dict[str, str]) -> Path:
@@ -40,7 +59,6 @@ def keep(file: Path, target: Path, note: str, places: dict[str, str]) -> Path:
             cell.outputs = [output for output in map(_smaller, cell.outputs) if output]
     for name in ("widgets", "papermill"):
         book.metadata.pop(name, None)
-    book.metadata["naruto_lora"] = {"source": fingerprint(book)}
     about = nbformat.v4.new_markdown_cell(f"*{note}*", id="executed")
     about.metadata["tags"] = ["executed"]
     book.cells.insert(1, about)
@@ -79,3 +97,13 @@ def _jpeg(content: bytes) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY, optimize=True)
     return buffer.getvalue()
+
+
+def main() -> None:
+    notebooks = Path(__file__).parents[2] / "notebooks"
+    for file in sorted((notebooks / "executed").glob("*.ipynb")):
+        reword(file, notebooks / f"{file.stem.removesuffix('.full-size')}.ipynb")
+
+
+if __name__ == "__main__":
+    main()
