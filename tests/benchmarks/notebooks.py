@@ -63,14 +63,14 @@ def parameters(args) -> dict[str, dict]:
     files = {}
     for name, source, steps in zip(("high", "low"), args.recipes, args.steps, strict=True):
         every = max(1, steps // 6)
-        plan = recipe.load(source, name=name, save_every=every, measure_every=steps, previews=1, holdout=0.1)
+        plan = recipe.load(source, name=name, save_every=every, measure_every=steps, previews=1, holdout=0.25)
         files[name] = args.out / f"{name}.json"
         files[name].write_text(plan.to_json())
     return {
         HIGH: common | {"recipe": str(files["high"]), "steps": args.steps[0]},
         LOW: common | {"recipe": str(files["low"]), "steps": args.steps[1]},
         COMPARE: common | {"recipe": str(files["high"]), "adapter_256": "low", "adapter_1024": "high",
-                           "judge": "naruto_lora.tiny.judge", "prompt_count": 4, "seed_count": 2},
+                           "judge": "naruto_lora.tiny.judge", "prompt_count": 8, "seed_count": 2},
     }  # fmt: skip
 
 
@@ -86,7 +86,8 @@ def run(args, name: str, parameters: dict, kill_at: int = 0) -> dict:
             " progress_bar=False)"
         )
         command = [sys.executable, "-c", code, ROOT / "notebooks" / f"{name}.ipynb", target, given, ROOT]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)} | capped(args)
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": paths} | capped(args)
         process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log)
         if kill_at:
             killed_at = kill(process, args.out / "runs" / "high", kill_at)
@@ -136,9 +137,10 @@ def keep(args, figures: dict) -> None:
         f"An executed copy at SDXL's full size on {figures['device']}, with random weights: the pictures show that the "
         "plumbing holds, and nothing else. Its kernel was killed half-way through training and the notebook run again."
     )
+    places = {str(args.out): "out", str(args.base.resolve().parent): "out", str(ROOT): "."}
     for name in (HIGH, LOW, COMPARE):
         target = ROOT / "notebooks" / "executed" / f"{name}.full-size.ipynb"
-        executed.keep(args.out / f"{name}.ipynb", target, note, {str(args.out): "out", str(ROOT): "."})
+        executed.keep(args.out / f"{name}.ipynb", target, note, places)
 
 
 if __name__ == "__main__":
