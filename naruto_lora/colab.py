@@ -54,16 +54,6 @@ def _assigned(cell: str) -> list[str]:
             if isinstance(target, ast.Name)]
 
 
-def storage(folder: str, interactive: bool = True) -> Path:
-    """The folder for results: on Colab, with somebody at the browser, under Google Drive; else as it is.
-
-    Mounting Drive asks in a dialog, so `interactive` is False wherever nobody can answer. Absolute paths stay.
-    Raises PermissionError if nothing can be written there.
-    """
-    here, mirror = places(folder, interactive)
-    return mirror or here
-
-
 def places(folder: str, drive: bool = True) -> tuple[Path, Path | None]:
     """(where to train, the mirror that outlives this machine or None) for runs under `folder`.
 

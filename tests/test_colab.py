@@ -31,9 +31,8 @@ def test_here_the_folder_is_made_as_it_is(tmp_path, monkeypatch):
     monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
     monkeypatch.chdir(tmp_path)
     assert not colab.on_colab()
-    assert colab.storage("runs/mine") == (tmp_path / "runs" / "mine").resolve()
+    assert colab.places("runs/mine") == ((tmp_path / "runs" / "mine").resolve(), None)
     assert (tmp_path / "runs" / "mine").is_dir()
-    assert colab.storage("runs/mine", interactive=False) == colab.storage("runs/mine")
 
 
 def test_colabs_variable_alone_is_not_colab(monkeypatch):
@@ -43,29 +42,16 @@ def test_colabs_variable_alone_is_not_colab(monkeypatch):
     assert not colab.on_colab()
 
 
-def test_on_colab_results_go_to_drive_where_somebody_can_answer(on_colab, tmp_path, monkeypatch):
-    assert colab.on_colab()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(colab, "Path", _under(tmp_path))
-    assert colab.storage("runs") == tmp_path / "content/drive/MyDrive/naruto_lora/runs"
-    assert on_colab == ["/content/drive"]
-
-
 def test_on_colab_training_is_on_the_machines_own_disk_and_mirrored_on_drive(on_colab, tmp_path, monkeypatch):
+    assert colab.on_colab()
     monkeypatch.chdir(tmp_path)
     assert colab.places("runs", drive=False) == (tmp_path / "runs", None)
     assert colab.places(str(tmp_path / "own")) == (tmp_path / "own", None)  # an absolute path is as it is
     assert on_colab == []
     monkeypatch.setattr(colab, "Path", _under(tmp_path))
     here, mirror = colab.places("runs")
-    assert here == tmp_path / "content/runs" and mirror == colab.storage("runs") != here
-    assert here.is_dir() and mirror.is_dir()
-
-
-def test_elsewhere_there_is_no_mirror(tmp_path, monkeypatch):
-    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
-    monkeypatch.chdir(tmp_path)
-    assert colab.places("runs") == (tmp_path / "runs", None)
+    assert (here, mirror) == (tmp_path / "content/runs", tmp_path / "content/drive/MyDrive/naruto_lora/runs")
+    assert here.is_dir() and mirror.is_dir() and on_colab == ["/content/drive"]
 
 
 def _under(root):
@@ -73,13 +59,6 @@ def _under(root):
     from pathlib import Path
 
     return lambda path: Path(str(path).replace("/content", f"{root}/content", 1))
-
-
-def test_on_colab_nobody_is_asked_when_nobody_can_answer(on_colab, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert colab.storage("runs", interactive=False) == (tmp_path / "runs").resolve()
-    assert colab.storage(str(tmp_path / "own")) == (tmp_path / "own").resolve()  # an absolute path stays
-    assert on_colab == []
 
 
 def test_the_machines_table(tmp_path):
