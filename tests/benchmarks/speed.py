@@ -323,13 +323,14 @@ def gradients(run: train.Run, draw: step.Draw, weights: dict[str, torch.Tensor])
     return flat
 
 
-UPDATES = {  # name: attention, rung; the first two differ by their kernels alone
-    "plain": (T4_LIKE, PLAIN), "plain on other kernels": (OWN, PLAIN), "lean": (T4_LIKE, {}), "fast": (OWN, FAST),
+UPDATES = {  # name: attention, rung, micro-batches taken at once; the plain ones differ by their kernels alone
+    "plain": (T4_LIKE, PLAIN, 1), "plain, own attention": (OWN, PLAIN, 1), "plain, larger pieces": (T4_LIKE, PLAIN, 2),
+    "lean": (T4_LIKE, {}, 1), "fast": (OWN, FAST, 1),
 }  # fmt: skip
 
 
 def thirty(options) -> None:
-    """The losses of the first updates: twice by the plain step, on different kernels, and by the lean one."""
+    """The losses of the first updates: by the plain step on different kernels, and by the lean one."""
     prepare(options)
     for name in options.recipes:
         folder = options.out / "thirty" / name
@@ -356,12 +357,12 @@ def thirty(options) -> None:
 
 def updates(options, name: str) -> None:
     """The losses of a run's first updates."""
-    mode, rung = UPDATES[options.row]
+    mode, rung, pieces = UPDATES[options.row]
     measure.attention(mode)
     torch.backends.cudnn.benchmark = mode == OWN
     changes = {"accumulation": options.accumulation} if options.accumulation else {}
     plan, losses = recipe_of(options, name, **changes), []
-    run = begin(options, plan, rung, plan.batch)
+    run = begin(options, plan, rung, pieces * plan.batch)
     for _ in range(options.steps):
         losses.append(run.update()[0])
         run.step += 1
