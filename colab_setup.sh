@@ -192,8 +192,8 @@ case $command in
         if [ -n "${VIRTUAL_ENV:-}" ]; then export PATH="$VIRTUAL_ENV/bin:$PATH"; fi
         export PYDEVD_DISABLE_FILE_VALIDATION=1 # Python 3.13's kernels would say four lines each
         if [ "$command" = run ]; then exec "$python" -m naruto_lora.tiny.run "$@"; fi
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a core for each of the processes, not all for each
-        exec "$python" -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@" ;;
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a core for each process
+        exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@" ;;
     '') if on_colab; then prepare_colab; else usage; fi ;;
     *) usage >&2 && fail "there is no command '$command'." ;;
 esac

@@ -219,7 +219,7 @@ def look(examples: list[Example], resolution: int) -> list[dict]:
 
 
 def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:
-    """(training, hold-out) by each picture's own bytes, so that added pictures never move one across.
+    """(training, hold-out) by each picture's own bytes, so that pictures added to a hundred or more move none across.
 
     About `holdout` of the pictures are held out, and at least three unless it is 0: figures with intervals need them.
     Raises ValueError if as many aren't left to train on.

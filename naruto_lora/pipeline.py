@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from . import data, files, memory, models
-from .recipe import Recipe
 
 BASE = "base"  # the name that stands for 'no adapter'
 LCM = "lcm"  # the adapter, and the scheduler that draws with it alone
@@ -159,9 +158,13 @@ def read_prompts(source: list[str] | str | Path) -> list[str]:
     return prompts
 
 
-def holdout_prompts(dataset: str | Path, holdout: float = Recipe.holdout) -> list[str]:
-    """The captions of the pictures that a run keeps out of its training. Raises what `data.load` raises."""
-    return [example.caption for example in data.split(data.load(dataset), holdout)[1]]
+def holdout_prompts(dataset: str | Path, holdout: float) -> list[str]:
+    """The captions of the pictures that a run keeps out of its training, or all if it keeps none.
+
+    Raises what `data.load` and `data.split` raise.
+    """
+    train, held = data.split(data.load(dataset), holdout)
+    return [example.caption for example in held or train]
 
 
 def cross(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:

@@ -97,8 +97,8 @@ def test_a_copy_is_of_the_current_source_and_fit_to_read(path):
     nbformat.validate(book)
     name = next(name for name in NOTEBOOKS if path.stem.startswith(name))
     assert executed.sources(book) == executed.sources(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)), (
-        "remake the copies: bash colab_setup.sh run --executed, or after new text alone: "
-        "python -m naruto_lora.tiny.executed"
+        "remake the copies: bash colab_setup.sh run --executed (at full size: tests/benchmarks/notebooks.py --keep), "
+        "or after new text alone: python -m naruto_lora.tiny.executed"
     )
     assert path.stat().st_size < 1.5e6
     assert sizes(text) and all(max(size) <= executed.SIDE for size in sizes(text))

@@ -227,6 +227,7 @@ def test_prompts_come_from_lists_files_and_the_holdout(tmp_path, plan, examples)
     for name in ("prompts.txt", "prompts.json"):
         assert pipeline.read_prompts(tmp_path / name) == PROMPTS
     assert pipeline.holdout_prompts(plan.dataset, plan.holdout) == [example.caption for example in examples[1]]
+    assert len(pipeline.holdout_prompts(plan.dataset, 0)) == sum(map(len, examples))
     for content in ("", "{", '{"a": 1}', "[1, 2]"):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(ValueError, match="bad.json' holds no prompts; a .txt needs one a line"):

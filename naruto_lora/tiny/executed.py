@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -101,8 +102,13 @@ def _jpeg(content: bytes) -> bytes:
 
 def main() -> None:
     notebooks = Path(__file__).parents[2] / "notebooks"
+    stale = []
     for file in sorted((notebooks / "executed").glob("*.ipynb")):
-        reword(file, notebooks / f"{file.stem.removesuffix('.full-size')}.ipynb")
+        try:
+            reword(file, notebooks / f"{file.stem.removesuffix('.full-size')}.ipynb")
+        except ValueError as error:
+            stale.append(str(error))
+    sys.exit("\n".join(stale) or 0)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def keep(args, figures: dict) -> None:
         "plumbing holds, and nothing else."
     )
     killed = " Its kernel was killed half-way through training, and the notebook run again."
-    places = {str(args.out): "out", str(args.base.resolve().parent): "out", str(ROOT): "."}
+    places = {str(args.out): "out", str(args.base.resolve()): "out/base", str(ROOT): "."}
     for name in (HIGH, LOW, COMPARE):
         target = ROOT / "notebooks" / "executed" / f"{name}.full-size.ipynb"
         executed.keep(args.out / f"{name}.ipynb", target, note + killed * (name == HIGH), places)

@@ -21,6 +21,7 @@ GPU work is the sum of kernel times; 'modelled' is t4.py's. On a CPU, where ther
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -347,10 +348,11 @@ def thirty(options) -> None:
         if "plain" not in losses:
             continue
         apart = {
-            row: max(abs(a - b) for a, b in zip(values, losses["plain"], strict=True)) for row, values in losses.items()
+            f"{one} / {two}": max(abs(a - b) for a, b in zip(losses[one], losses[two], strict=True))
+            for one, two in itertools.combinations(losses, 2)
         }
         figures = {"updates": options.steps, "mean_loss": sum(losses["plain"]) / len(losses["plain"])}
-        figures |= {"greatest difference from plain": apart, "commit": options.commit} | measure.machine()
+        figures |= {"greatest difference": apart, "commit": options.commit} | measure.machine()
         report.write_json(options.out / "results" / f"{name}.thirty.json", figures)
         print(name, json.dumps(figures), flush=True)
 
@@ -385,7 +387,7 @@ def table(options) -> None:
                 row["loss_error"] = abs(row["loss"] - known["reference_loss"])
             rows.append(row)
     with open(options.out / "speed.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ladder.FIELDS, extrasaction="ignore")
+        writer = csv.DictWriter(file, ladder.FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     print(ladder.full(ladder.read(options.out / "speed.csv")))
