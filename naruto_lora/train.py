@@ -518,10 +518,10 @@ def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
     if device.type != "cuda":
         return torch.optim.AdamW(parameters, weight_decay=1e-2, fused=True)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from .adam import AdamW8bitTogether
     except ImportError:
         raise RuntimeError("8-bit Adam needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    return AdamW8bit(parameters, weight_decay=1e-2)
+    return AdamW8bitTogether(parameters, weight_decay=1e-2)
 
 
 def main(arguments: list[str] | None = None) -> int:

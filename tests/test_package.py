@@ -15,10 +15,11 @@ MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__in
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython",
          "huggingface_hub", "bitsandbytes", "pandas", "scipy", "torch._dynamo", "torch._inductor", "torchvision")
 ORDER = ("files", "hub", "progress", "recipe", "data", "models", "memory", "cache", "lora", "step", "fused", "lean",
-         "predict", "plan", "checkpoint", "pipeline", "gallery", "session", "train", "speed", "compare", "metrics",
-         "encoders", "similarity", "report", "album", "votes", "study", "verdict", "page", "card", "viewer", "widget",
-         "ballot", "preflight", "colab")
+         "predict", "plan", "adam", "checkpoint", "pipeline", "gallery", "session", "train", "speed", "compare",
+         "metrics", "encoders", "similarity", "report", "album", "votes", "study", "verdict", "page", "card", "viewer",
+         "widget", "ballot", "preflight", "colab")
 WIDGETS = ("viewer", "widget", "ballot")  # these are ipywidgets; nothing else imports them
+LATE = (*WIDGETS, "adam")  # import what is heavy, and are imported where they are used
 
 
 def run(code, cwd):
@@ -32,7 +33,7 @@ def test_importing_the_package_loads_nothing():
 
 
 def test_importing_every_module_is_light_and_silent_and_leaves_no_trace(tmp_path):
-    light = [module for module in MODULES if module not in WIDGETS]
+    light = [module for module in MODULES if module not in LATE]
     names = [f"naruto_lora.{module}" for module in light] + ["naruto_lora.tiny.run", "naruto_lora.tiny.judge"]
     code = f"""
 import sys, os, random, warnings

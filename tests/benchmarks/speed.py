@@ -326,12 +326,12 @@ def gradients(run: train.Run, draw: step.Draw, weights: dict[str, torch.Tensor])
 
 UPDATES = {  # name: attention, rung, micro-batches taken at once; the plain ones differ by their kernels alone
     "plain": (T4_LIKE, PLAIN, 1), "plain, own attention": (OWN, PLAIN, 1), "plain, larger pieces": (T4_LIKE, PLAIN, 2),
-    "lean": (T4_LIKE, {}, 1), "fast": (OWN, FAST, 1),
+    "lean": (T4_LIKE, {}, 1), "fast": (OWN, FAST, 1), "fp32": (T4_LIKE, PLAIN, 1),
 }  # fmt: skip
 
 
 def thirty(options) -> None:
-    """The losses of the first updates: by the plain step on different kernels, and by the lean one."""
+    """The losses of the first updates: by the plain step on different kernels, by the lean one, and in fp32."""
     prepare(options)
     for name in options.recipes:
         folder = options.out / "thirty" / name
@@ -365,6 +365,9 @@ def updates(options, name: str) -> None:
     changes = {"accumulation": options.accumulation} if options.accumulation else {}
     plan, losses = recipe_of(options, name, **changes), []
     run = begin(options, plan, rung, pieces * plan.batch)
+    if options.row == "fp32":  # the same encoded pictures, the frozen weights exact, nothing rounded to fp16
+        run.unet.float()
+        run.engine.half = False
     for _ in range(options.steps):
         losses.append(run.update()[0])
         run.step += 1

@@ -1,0 +1,96 @@
+"""8-bit Adam over joined tensors: bitsandbytes' own numbers and state, bit for bit, in far fewer launches."""
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes import functional
+from bitsandbytes.optim import AdamW8bit
+
+from naruto_lora import adam, checkpoint, lora, models, train
+
+SHAPES = [(16, 320), (320, 16), (16, 640), (3, 5), (16, 257), (1280, 16)]  # two that must stay by themselves
+
+
+def _pair(shapes=SHAPES):
+    """The same parameters under bitsandbytes' optimizer and under ours."""
+    generator = torch.Generator().manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    theirs = copy.deepcopy(ours)
+    return (theirs, AdamW8bit(theirs, weight_decay=1e-2)), (ours, adam.AdamW8bitTogether(ours, weight_decay=1e-2))
+
+
+def _step(pair, number, leave_out=None):
+    for parameters, optimizer in pair:
+        generator = torch.Generator().manual_seed(number)
+        for place, parameter in enumerate(parameters):
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = None if place == leave_out else gradient
+        optimizer.param_groups[0]["lr"] = 1e-3 * number
+        optimizer.step()
+
+
+def _same(pair):
+    (theirs, their_optimizer), (ours, our_optimizer) = pair
+    for one, two in zip(theirs, ours, strict=True):
+        assert torch.equal(one, two)
+        expected, found = their_optimizer.state[one], our_optimizer.state[two]
+        assert expected.keys() == found.keys() and expected["step"] == found["step"]
+        assert all(torch.equal(expected[key], found[key]) for key in expected if key != "step")
+
+
+@pytest.mark.parametrize("piece", [adam.PIECE, 8192])
+def test_each_number_is_as_by_bitsandbytes(piece, monkeypatch):
+    monkeypatch.setattr(adam, "PIECE", piece)
+    pair = _pair()
+    before = [p.detach().clone() for p in pair[1][0]]
+    for number in range(1, 6):
+        _step(pair, number)
+        _same(pair)
+    assert not any(torch.equal(a, b) for a, b in zip(before, pair[1][0], strict=True))
+
+
+def test_a_tensor_without_a_gradient_is_left_as_it_is():
+    pair = _pair()
+    for number, left_out in enumerate((1, None, 2, None), start=1):  # never seen; then seen later than the others
+        _step(pair, number, left_out)
+        for parameters, optimizer in pair:
+            assert left_out is None or optimizer.state.get(parameters[left_out], {}).get("step", 0) < number
+        for one, two in zip(*(parameters for parameters, _ in pair), strict=True):
+            assert torch.equal(one, two)
+
+
+def test_far_fewer_launches(monkeypatch):
+    calls, real = [], functional.optimizer_update_8bit_blockwise
+    monkeypatch.setattr(
+        functional, "optimizer_update_8bit_blockwise", lambda *a, **k: (calls.append(1), real(*a, **k))[1]
+    )
+    _, ours = _pair([(16, 320)] * 500)
+    _step([ours], 1)
+    assert len(calls) == 500
+    calls.clear()
+    _step([ours], 2)
+    assert len(calls) == 2  # 500 * 5120 numbers in pieces of 2 ** 21
+
+
+def test_on_a_gpu_it_is_what_trains():
+    made = train.make_optimizer([torch.nn.Parameter(torch.zeros(16, 320))], torch.device("cuda"))
+    assert isinstance(made, adam.AdamW8bitTogether)
+
+
+def test_a_checkpoint_of_either_goes_on_under_the_other(base, tmp_path):
+    def begun(kind):
+        unet = models.load_unet(base, torch.float32, torch.device("cpu"))
+        parameters = lora.inject(unet, 16, 16.0)
+        return unet, parameters, kind(parameters, weight_decay=1e-2)
+
+    for kind, other in ((AdamW8bit, adam.AdamW8bitTogether), (adam.AdamW8bitTogether, AdamW8bit)):
+        unet, parameters, optimizer = begun(kind)
+        for number in (1, 2, 3):
+            _step([(parameters, optimizer)], number)
+        folder = checkpoint.save(tmp_path / kind.__name__, 3, unet, optimizer, {})
+        again, restored, resumed = begun(other)
+        checkpoint.restore(folder, again, resumed)
+        for number in (4, 5):
+            _step([(parameters, optimizer), (restored, resumed)], number)
+        assert all(torch.equal(a, b) for a, b in zip(parameters, restored, strict=True))
