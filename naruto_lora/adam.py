@@ -1,72 +1,115 @@
-"""bitsandbytes' 8-bit AdamW (arXiv 2110.02861), a few launches an update in place of one a tensor."""
+"""bitsandbytes' 8-bit AdamW (arXiv 2110.02861), a dozen launches an update in place of one a tensor."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import AdamW8bit
 
 BLOCK = 256  # numbers that share a scale, in bitsandbytes' kernel
-PIECE = 2**21  # numbers updated at once: copies of 8 MiB
+PIECE = 2**21  # numbers updated at once: their gradients are copied, 8 MiB
+STATES = ("state1", "state2", "absmax1", "absmax2")
 
 
 class AdamW8bitTogether(AdamW8bit):
     """The same numbers and the same state, tensor by tensor, as its parent's.
 
-    The parent waits for the GPU after each tensor, and SDXL's LoRA has 1,120. Here tensors are copied one after the
-    other into a long one and back: the copies cost less, and where each is whole blocks long its blocks are its own.
+    The parent waits for the GPU after each tensor, and SDXL's LoRA has 1,120. Here tensors that are whole blocks long
+    are laid one after the other in memory, with their states, so that one call updates many: their blocks stay theirs.
     """
+
+    pieces = None
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; the first of a session is the parent's, which makes the states."""
-        rows = [
-            (group, self.state.get(p), p, (number, place))
-            for number, group in enumerate(self.param_groups)
-            for place, p in enumerate(group["params"])
-            if p.grad is not None
-        ]
-        if closure or not self.initialized or not all(state for _, state, *_ in rows):
+        """One update; the first of a session, and one without all gradients, is the parent's."""
+        with_gradients = all(p.grad is not None for group in self.param_groups for p in group["params"])
+        if closure or not self.initialized or not with_gradients:
+            self.pieces = None
             return super().step(closure)
-        together = {}
-        for group, state, parameter, where in rows:
-            if state["state1"].dtype == torch.uint8 and parameter.numel() % BLOCK == 0:
-                together.setdefault((where[0], state["step"]), []).append(parameter)
-            else:
-                self.update_step(group, parameter, *where)
-        for (number, _), parameters in together.items():
-            for piece in _pieces(parameters):
-                self._update(self.param_groups[number], piece)
+        if self.pieces is None or not all(piece.in_place() for piece in self.pieces):
+            self._lay_out()
+        for piece in self.pieces:
+            self._update(piece)
+        for where in self.alone:
+            group = self.param_groups[where[0]]
+            self.update_step(group, group["params"][where[1]], *where)
 
-    def _update(self, group: dict, parameters: list[torch.Tensor]) -> None:
-        """Steps `parameters`, all after as many steps, with one launch of bitsandbytes' kernel."""
-        states = [self.state[p] for p in parameters]
+    def load_state_dict(self, *arguments, **options):
+        """The parent's; what was laid out is so no more."""
+        self.pieces = None
+        super().load_state_dict(*arguments, **options)
+
+    def _lay_out(self) -> None:
+        """Makes `pieces` of what can be updated together, and lists what is updated `alone`, by group and place."""
+        self.pieces, self.alone = [], []
+        for number, group in enumerate(self.param_groups):
+            together = {}
+            for place, parameter in enumerate(group["params"]):
+                state = self.state[parameter]
+                if not state:
+                    self.init_state(group, parameter, number, place)
+                if state["state1"].dtype == torch.uint8 and parameter.numel() % BLOCK == 0:
+                    together.setdefault(state["step"], []).append(parameter)
+                else:
+                    self.alone.append((number, place))
+            for parameters in together.values():
+                self.pieces += [_Piece.of(group, part, self.state) for part in _parts(parameters)]
+
+    def _update(self, piece: _Piece) -> None:
+        group, states = piece.group, piece.states
         for state in states:
             state["step"] += 1
-        names = ("state1", "state2", "absmax1", "absmax2")
-        parts = [[state[name] for state in states] for name in names] + [[p.data for p in parameters]]
-        state1, state2, absmax1, absmax2, weights = (_joined(each) for each in parts)
+        first, whole = states[0], piece.whole
         functional.optimizer_update_8bit_blockwise(
-            self.optimizer_name, _joined([p.grad for p in parameters]), weights, state1, state2, *group["betas"], 0.0,
-            group.get("alpha", 0.0), group["eps"], states[0]["step"], group["lr"], states[0]["qmap1"],
-            states[0]["qmap2"], absmax1, absmax2, group["weight_decay"],
+            self.optimizer_name, _joined(p.grad for p in piece.parameters), piece.weights, whole["state1"],
+            whole["state2"], *group["betas"], 0.0, 0.0, group["eps"], first["step"], group["lr"], first["qmap1"],
+            first["qmap2"], whole["absmax1"], whole["absmax2"], group["weight_decay"],
         )  # fmt: skip
-        for whole, each in zip((state1, state2, absmax1, absmax2, weights), parts, strict=True):
-            torch._foreach_copy_([part.view(-1) for part in each], whole.split([part.numel() for part in each]))
 
 
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+@dataclasses.dataclass
+class _Piece:
+    """Parameters that were stepped equally often, one after the other in `weights` (N,), their states in `whole`."""
+
+    group: dict
+    parameters: list[torch.Tensor]
+    states: list[dict]
+    weights: torch.Tensor
+    whole: dict[str, torch.Tensor]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, group: dict, parameters: list[torch.Tensor], state: dict) -> _Piece:
+        states = [state[p] for p in parameters]
+        weights = _joined(p.data for p in parameters)
+        for parameter, part in zip(parameters, weights.split([p.numel() for p in parameters]), strict=True):
+            parameter.data = part.view(parameter.shape)
+        whole = {name: _joined(each[name] for each in states) for name in STATES}
+        for name, numbers in whole.items():
+            for each, part in zip(states, numbers.split([each[name].numel() for each in states]), strict=True):
+                each[name] = part.view(each[name].shape)
+        return cls(group, parameters, states, weights, whole, [p.data_ptr() for p in parameters])
+
+    def in_place(self) -> bool:
+        """Whether the parameters still lie where they were laid."""
+        return [p.data_ptr() for p in self.parameters] == self.addresses
+
+
+def _joined(tensors) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _pieces(parameters: list[torch.Tensor]):
+def _parts(parameters: list[torch.Tensor]):
     """`parameters` in their order, in lists of at most PIECE numbers."""
-    piece, count = [], 0
+    part, count = [], 0
     for parameter in parameters:
-        if piece and count + parameter.numel() > PIECE:
-            yield piece
-            piece, count = [], 0
-        piece.append(parameter)
+        if part and count + parameter.numel() > PIECE:
+            yield part
+            part, count = [], 0
+        part.append(parameter)
         count += parameter.numel()
-    if piece:
-        yield piece
+    if part:
+        yield part

@@ -60,6 +60,16 @@ def test_a_tensor_without_a_gradient_is_left_as_it_is():
             assert torch.equal(one, two)
 
 
+def test_weights_that_were_moved_are_found_again():
+    pair = _pair()
+    for number in range(1, 6):
+        if number == 4:
+            for parameters, _ in pair:
+                parameters[0].data = parameters[0].data * 2
+        _step(pair, number)
+        _same(pair)
+
+
 def test_far_fewer_launches(monkeypatch):
     calls, real = [], functional.optimizer_update_8bit_blockwise
     monkeypatch.setattr(
@@ -90,6 +100,8 @@ def test_a_checkpoint_of_either_goes_on_under_the_other(base, tmp_path):
             _step([(parameters, optimizer)], number)
         folder = checkpoint.save(tmp_path / kind.__name__, 3, unet, optimizer, {})
         again, restored, resumed = begun(other)
+        for number in (7, 8):
+            _step([(restored, resumed)], number)
         checkpoint.restore(folder, again, resumed)
         for number in (4, 5):
             _step([(parameters, optimizer), (restored, resumed)], number)
