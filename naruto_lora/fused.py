@@ -50,17 +50,20 @@ def geglu_backward(grad, projected):
 
 
 def group_norm(x, shift, weight, bias, groups, eps, silu):
-    """Group norm of x (B, C, H, W) + shift (B, C) or None, through SiLU if asked; and the norm's mean and rstd."""
+    """Group norm of x (B, C, H, W) + shift (B, C) or None, through SiLU if asked; and the norm's mean and rstd.
+
+    Not compiled it is computed in the dtype of `weight`; what comes out is as x.
+    """
     if torch.compiler.is_compiling():
         scaled, mean, rstd = _normalised(x, shift, groups, eps, None, None)
         out = scaled.flatten(1, 2) * weight.float()[:, None, None] + bias.float()[:, None, None]
         out = (out * out.sigmoid() if silu else out).to(x.dtype)
         return out.contiguous(memory_format=torch.channels_last), mean.flatten(1), rstd.flatten(1)
-    total = x if shift is None else x + shift[:, :, None, None]
+    total = (x if shift is None else x + shift[:, :, None, None]).to(weight.dtype).contiguous()
     count, channels, *sides = total.shape
     sizes = (count, channels, sides[0] * sides[1], groups)
-    out, mean, rstd = torch.native_group_norm(total.contiguous(), weight, bias, *sizes, eps)
-    return F.silu(out) if silu else out, mean, rstd
+    out, mean, rstd = torch.native_group_norm(total, weight, bias, *sizes, eps)
+    return (F.silu(out, inplace=True) if silu else out).to(x.dtype), mean, rstd
 
 
 def _normalised(x, shift, groups, eps, mean, rstd):
@@ -86,15 +89,15 @@ def group_norm_backward(grad, x, shift, mean, rstd, weight, bias, groups, eps, s
         over = (2, 3, 4)
         inner = inner - inner.mean(over, True) - scaled * (inner * scaled).mean(over, True)
         return (inner * rstd).flatten(1, 2).to(x.dtype).contiguous(memory_format=torch.channels_last)
-    total = (x if shift is None else x + shift[:, :, None, None]).contiguous()
+    total = (x if shift is None else x + shift[:, :, None, None]).to(weight.dtype).contiguous()
     count, channels, *sides = total.shape
-    sizes = (count, channels, sides[0] * sides[1], groups)
+    sizes, grad = (count, channels, sides[0] * sides[1], groups), grad.to(weight.dtype)
     if silu:
         out = torch.native_group_norm(total, weight, bias, *sizes, eps)[0]
         grad = aten.silu_backward(grad, out)
     mean, rstd = mean.to(total.dtype), rstd.to(total.dtype)  # compiled, they were kept in fp32
     mask = [True, False, False]
-    return aten.native_group_norm_backward(grad.contiguous(), total, mean, rstd, weight, *sizes, mask)[0]
+    return aten.native_group_norm_backward(grad.contiguous(), total, mean, rstd, weight, *sizes, mask)[0].to(x.dtype)
 
 
 def residual(x, delta, bias):

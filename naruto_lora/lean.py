@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -272,6 +273,8 @@ def units(unet) -> list[torch.nn.Module]:
 
 def unsupported(unet) -> str | None:
     """Why the lean step can't run this U-Net; None if it can. It is written for SDXL's kinds of layer."""
+    if not (isinstance(unet.conv_norm_out, torch.nn.GroupNorm) and isinstance(unet.conv_act, torch.nn.SiLU)):
+        return "its last layers are those of no SDXL"
     for name, module in unet.named_modules():
         kind = type(module).__name__
         if kind == "BasicTransformerBlock":
@@ -319,6 +322,20 @@ def _patch(lean, unet, keep, recomputed) -> None:
         else:
             continue
         module.forward = _recomputing(forward) if id(module) in recomputed else forward
+    unet.conv_norm_out.forward = _last_norm(lean.fast, unet.conv_norm_out)
+    unet.conv_act.forward = lambda x: x  # the SiLU is in the norm
+
+
+def _last_norm(fast, norm):
+    """The forward method of the U-Net's last group norm and its SiLU, computed in fp32: x (B, C, H, W) -> the same.
+
+    CUDA's kernel rounds a group's mean and spread to fp16 where its input is fp16. Further in that is noise; here it
+    scales the prediction all over the picture, and the loss moves by more than all other roundings move it together.
+    """
+    exact = SimpleNamespace(
+        weight=norm.weight.float(), bias=norm.bias.float(), num_groups=norm.num_groups, eps=norm.eps
+    )
+    return lambda x: fused.GroupNorm.apply(x, None, exact, True, _ops(fast))
 
 
 def _convolution(conv, x):

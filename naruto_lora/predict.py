@@ -179,9 +179,10 @@ def cost(layer: Layer, batch: int, rank: int, size: int) -> Cost:
     each, single = batch * layer.rows * layer.width, 4 / size  # a tensor that comes in; an fp32 number
     if layer.kind == "block":
         return _block_cost(layer, batch, rank, single)
-    if layer.kind != "resnet":
-        many = 2 if layer.kind == "end" else 1
-        return Cost(0, 0 if layer.first else many * each, 0, 2 * each, 3 * each)
+    if layer.kind == "end":  # in fp32
+        return Cost(0, each, 0, 2 * single * each, 4 * single * each)
+    if layer.kind == "transformer":
+        return Cost(0, 0 if layer.first else each, 0, 2 * each, 3 * each)
     after = batch * layer.rows * layer.out
     forward = max(2 * each, 3 * after) + after
     if layer.first:

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from naruto_lora import checkpoint, fused, lean, lora, memory, models, step, train
 
@@ -102,6 +103,26 @@ def test_without_gradients_it_draws_as_the_plain_unet(base):
         expected = step.diffusion_loss(unet, **given)
         lean.Lean(unet, parameters, memory.Rung(3, recompute=5))
         assert error(step.diffusion_loss(unet, **given), expected) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 9, 7), (1, 64, 8, 8)])
+def test_the_last_norm_rounds_its_result_and_nothing_else(base, shape):
+    unet = models.load_unet(base, torch.float16, "cpu")
+    norm, channels = unet.conv_norm_out, unet.conv_norm_out.num_channels
+    x = torch.randn(shape[0], channels, *shape[2:], generator=torch.Generator().manual_seed(0)).half() * 3 + 1
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).half()
+    exact = x.float().requires_grad_(True)
+    expected = F.silu(F.group_norm(exact, norm.num_groups, norm.weight.float(), norm.bias.float(), norm.eps))
+    expected.backward(grad.float())
+    lean.Lean(unet, lora.inject(unet, 4, 4), memory.Rung(2))
+    x.requires_grad_(True)
+    out = unet.conv_act(unet.conv_norm_out(x))
+    out.backward(grad)
+    assert out.dtype == x.grad.dtype == torch.float16
+    assert torch.equal(out, expected.half())
+    assert torch.allclose(x.grad, exact.grad.half(), rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(unet.conv_norm_out(x), expected.half())
 
 
 def test_weights_on_the_host_are_exact_and_fewer_bits_nearly_so(base):
