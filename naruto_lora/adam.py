@@ -20,30 +20,35 @@ class AdamW8bitTogether(AdamW8bit):
     are laid one after the other in memory, with their states, so that one call updates many: their blocks stay theirs.
     """
 
-    pieces = None
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, **options)
+        self._lay_out()
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update; the first of a session, and one without all gradients, is the parent's."""
-        with_gradients = all(p.grad is not None for group in self.param_groups for p in group["params"])
-        if closure or not self.initialized or not with_gradients:
-            self.pieces = None
-            return super().step(closure)
-        if self.pieces is None or not all(piece.in_place() for piece in self.pieces):
+        """One update; one without all gradients is the parent's."""
+        if closure or any(p.grad is None for group in self.param_groups for p in group["params"]):
+            loss = super().step(closure)
+            self._lay_out()  # some have been stepped more often now
+            return loss
+        if not all(piece.in_place() for piece in self.pieces):
             self._lay_out()
         for piece in self.pieces:
             self._update(piece)
-        for where in self.alone:
-            group = self.param_groups[where[0]]
-            self.update_step(group, group["params"][where[1]], *where)
+        for number, place in self.alone:
+            group = self.param_groups[number]
+            self.update_step(group, group["params"][place], number, place)
 
     def load_state_dict(self, *arguments, **options):
-        """The parent's; what was laid out is so no more."""
-        self.pieces = None
+        """The parent's."""
         super().load_state_dict(*arguments, **options)
+        self._lay_out()
 
     def _lay_out(self) -> None:
-        """Makes `pieces` of what can be updated together, and lists what is updated `alone`, by group and place."""
+        """Makes `pieces` of what can be updated together, and lists what is updated `alone`, by group and place.
+
+        Now and not in an update: memory is then still free, and no CUDA graph holds any.
+        """
         self.pieces, self.alone = [], []
         for number, group in enumerate(self.param_groups):
             together = {}

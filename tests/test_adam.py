@@ -77,9 +77,6 @@ def test_far_fewer_launches(monkeypatch):
     )
     _, ours = _pair([(16, 320)] * 500)
     _step([ours], 1)
-    assert len(calls) == 500
-    calls.clear()
-    _step([ours], 2)
     assert len(calls) == 2  # 500 * 5120 numbers in pieces of 2 ** 21
 
 
