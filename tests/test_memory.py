@@ -92,8 +92,8 @@ def test_free_lets_go_of_what_a_failed_cell_held():
 
 @pytest.mark.parametrize("cap, expected", [(1.0, 30 + 5), (0.3, 30 - 20 + 5)])
 def test_what_is_available_counts_the_cache_and_the_cap(monkeypatch, cap, expected):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     """Of 100 bytes 30 are free and 20 reserved, 15 of these in use; others have the rest."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     told = {"mem_get_info": (30, 100), "memory_reserved": 20, "memory_allocated": 15,
             "get_per_process_memory_fraction": cap}
     for name, value in told.items():
