@@ -7,10 +7,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "speed.csv"
 FIELDS = (
     "recipe", "variant", "attention", "micro_ms", "update_s", "images_per_s", "gpu_ms", "launches", "t4_ms",
-    "allocated_gib", "reserved_gib", "ready_s", "loss", "loss_error", "grad_error", "device", "torch", "commit",
+    "allocated_gib", "reserved_gib", "ready_s", "loss", "grad_error", "device", "torch", "commit",
 )  # fmt: skip
 STOCK = "stock script"
-COLUMNS = {  # heading: field, format; 'x stock' is the share of the stock script's figure with the same attention
+COLUMNS = {  # heading: field, format; what is 'of stock' or less it is by the stock script with the same attention
     "wall, a micro-step": ("micro_ms", "{:.0f} ms"),
     "an update": ("update_s", "{:.2f} s"),
     "images/s": ("images_per_s", "{:.1f}"),
@@ -23,7 +23,7 @@ COLUMNS = {  # heading: field, format; 'x stock' is the share of the stock scrip
     "allocated": ("allocated_gib", "{:.1f}"),
     "GiB reserved": ("reserved_gib", "{:.1f}"),
     "ready after": ("ready_s", "{:.0f} s"),
-    "loss − fp32's": ("loss_error", "{:.1e}"),
+    "loss − stock's": ("loss", "less"),
     "gradient error": ("grad_error", "{:.1e}"),
     "commit": ("commit", "{}"),
 }
@@ -63,11 +63,13 @@ def _cell(row: dict[str, str], rows: list[dict[str, str]], heading: str) -> str:
     field, form = COLUMNS[heading]
     if not row[field]:
         return ""
-    if form not in ("share", "faster"):
+    if "{" in form:
         return form.format(row[field] if form == "{}" else float(row[field]))
     stock = next((r[field] for r in rows if r["variant"] == STOCK and r["attention"] == row["attention"]), "")
     if not stock:
         return ""
+    if form == "less":
+        return f"{float(row[field]) - float(stock):+.1e}" if row["variant"] != STOCK else ""
     share = float(row[field]) / float(stock)
     return f"{share:.2f}" if form == "share" else f"{1 / share:.1f}"
 

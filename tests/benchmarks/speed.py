@@ -255,10 +255,10 @@ def loss_on(run: train.Run, inputs: dict[str, torch.Tensor]) -> float:
 
 
 def exact(options, name: str) -> None:
-    """Against fp32: the loss of the script's first micro-step, and the gradients of each kind of step of ours."""
+    """The gradients of each kind of step of ours against fp32's."""
     measure.attention(T4_LIKE)
     plan = recipe_of(options, name, **CHECKED_AT[name])
-    figures, found, weights, inputs = {}, {}, None, None
+    found, weights, inputs = {}, None, None
     for row, rung in CHECKED.items():
         if not wanted(options, row):
             continue
@@ -276,17 +276,11 @@ def exact(options, name: str) -> None:
     device = models.device_for(plan.precision)
     unet = models.load_unet(plan.base, torch.float32, device)
     trained = lora.inject(unet, plan.rank, plan.alpha, plan.seed)
-    first = load_first(options, name)
-    if first:
-        alphas = models.load_alphas_cumprod(plan.base).to(device)
-        given = {key: value.to(device) for key, value in first.items() if key != "loss"}
-        with torch.no_grad():
-            figures["reference_loss"] = step.diffusion_loss(unet, **given, alphas_cumprod=alphas).mean().item()
     put(unet, weights)
     for each in inputs:
         (step.diffusion_loss(unet, **each).sum() / plan.pictures_per_step).backward()
     reference = torch.cat([p.grad.flatten() for p in trained])
-    figures |= {"grad_errors": {row: ((g - reference).norm() / reference.norm()).item() for row, g in found.items()}}
+    figures = {"grad_errors": {row: ((g - reference).norm() / reference.norm()).item() for row, g in found.items()}}
     report.write_json(options.out / "results" / f"{name}.exact.json", figures)
     print(name, json.dumps(figures), flush=True)
 
@@ -386,14 +380,18 @@ def table(options) -> None:
         known = report.read_json(exact_file) if exact_file.exists() else {}
         for row in (report.read_json(file) for file in files if file.exists()):
             row["grad_error"] = known.get("grad_errors", {}).get(row["variant"])
-            if row.get("loss") is not None and "reference_loss" in known:
-                row["loss_error"] = abs(row["loss"] - known["reference_loss"])
             rows.append(row)
     with open(options.out / "speed.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ladder.FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: f"{v:.5g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+        writer.writerows(map(rounded, rows))
     print(ladder.full(ladder.read(options.out / "speed.csv")))
+
+
+def rounded(row: dict) -> dict:
+    """Figures as they are written: a loss whole, since it is compared."""
+    return {key: f"{v:.9g}" if key == "loss" and v else f"{v:.5g}" if isinstance(v, float) else v
+            for key, v in row.items()}
 
 
 def start(options, part: str, name: str, row: str = "", until: float | None = None) -> subprocess.Popen:
