@@ -170,5 +170,5 @@ def _flatten(optimizer) -> dict[str, torch.Tensor]:
         plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
         for name, value in {k: v for part in (plain, *nested) for k, v in part.items()}.items():
             kind = "tensor" if torch.is_tensor(value) else "number"
-            flat[f"{index}.{name}.{kind}"] = torch.as_tensor(value).detach().cpu().contiguous()
+            flat[f"{index}.{name}.{kind}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
     return flat

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import functional
 from bitsandbytes.optim import AdamW8bit
 
-from naruto_lora import adam, checkpoint, lora, models, train
+from naruto_lora import adam, checkpoint, lora, memory, models, train
 
 SHAPES = [(16, 320), (320, 16), (16, 640), (3, 5), (16, 257), (1280, 16)]  # two that must stay by themselves
 
@@ -88,13 +88,14 @@ def test_on_a_gpu_it_is_what_trains():
 def test_a_checkpoint_of_either_goes_on_under_the_other(base, tmp_path):
     def begun(kind):
         unet = models.load_unet(base, torch.float32, torch.device("cpu"))
-        parameters = lora.inject(unet, 16, 16.0)
+        parameters = lora.inject(unet, 32, 32.0)
         return unet, parameters, kind(parameters, weight_decay=1e-2)
 
     for kind, other in ((AdamW8bit, adam.AdamW8bitTogether), (adam.AdamW8bitTogether, AdamW8bit)):
         unet, parameters, optimizer = begun(kind)
         for number in (1, 2, 3):
             _step([(parameters, optimizer)], number)
+        assert torch.uint8 in {optimizer.state[p]["state1"].dtype for p in parameters}
         folder = checkpoint.save(tmp_path / kind.__name__, 3, unet, optimizer, {})
         again, restored, resumed = begun(other)
         for number in (7, 8):
@@ -103,3 +104,28 @@ def test_a_checkpoint_of_either_goes_on_under_the_other(base, tmp_path):
         for number in (4, 5):
             _step([(parameters, optimizer), (restored, resumed)], number)
         assert all(torch.equal(a, b) for a, b in zip(parameters, restored, strict=True))
+
+
+def test_a_run_of_the_lean_step_with_it_is_bitsandbytes_own_resumed_or_not(plan, cache_folder, tmp_path, monkeypatch):
+    of = plan.replace(rank=32, alpha=32.0, holdout=0.0, previews=0)  # tensors small and large
+
+    def trained(kind, pause):
+        monkeypatch.setattr(train, "make_optimizer", lambda parameters, device: kind(parameters, weight_decay=1e-2))
+        folder, rungs = tmp_path / f"{kind.__name__}-{pause}", [memory.Rung(of.batch)]
+        run = train.begin(of, folder, cache_folder, rungs=rungs)
+        for _ in range(pause):
+            run.update()
+            run.step += 1
+        if pause:
+            run.save()
+            run = train.begin(of, folder, cache_folder, rungs=rungs)
+        run.to_the_end()
+        return run
+
+    expected, *others = (trained(*which) for which in (
+        (AdamW8bit, 0), (adam.AdamW8bitTogether, 0), (adam.AdamW8bitTogether, 3)
+    ))  # fmt: skip
+    assert {state["state1"].dtype for state in expected.optimizer.state.values()} == {torch.uint8, torch.float32}
+    for run in others:
+        assert run.record["losses"] == expected.record["losses"][-len(run.record["losses"]) :]
+        assert all(torch.equal(a, b) for a, b in zip(run.parameters, expected.parameters, strict=True))
