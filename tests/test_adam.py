@@ -1,6 +1,7 @@
 """8-bit Adam over joined tensors: bitsandbytes' own numbers and state, bit for bit, in far fewer launches."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ def test_far_fewer_launches(monkeypatch):
 def test_on_a_gpu_it_is_what_trains():
     made = train.make_optimizer([torch.nn.Parameter(torch.zeros(16, 320))], torch.device("cuda"))
     assert isinstance(made, adam.AdamW8bitTogether)
+
+
+def test_without_bitsandbytes_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "naruto_lora.adam", None)
+    with pytest.raises(RuntimeError, match="pip install bitsandbytes"):
+        train.make_optimizer([torch.nn.Parameter(torch.zeros(16, 320))], torch.device("cuda"))
 
 
 def test_a_checkpoint_of_either_goes_on_under_the_other(base, tmp_path):
