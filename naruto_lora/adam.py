@@ -89,13 +89,14 @@ class _Piece:
     @classmethod
     def of(cls, group: dict, parameters: list[torch.Tensor], state: dict) -> _Piece:
         states = [state[p] for p in parameters]
-        weights = _joined(p.data for p in parameters)
-        for parameter, part in zip(parameters, weights.split([p.numel() for p in parameters]), strict=True):
-            parameter.data = part.view(parameter.shape)
-        whole = {name: _joined(each[name] for each in states) for name in STATES}
-        for name, numbers in whole.items():
-            for each, part in zip(states, numbers.split([each[name].numel() for each in states]), strict=True):
-                each[name] = part.view(each[name].shape)
+        weights, views = _laid([p.data for p in parameters])
+        for parameter, view in zip(parameters, views, strict=True):
+            parameter.data = view
+        whole = {}
+        for name in STATES:
+            whole[name], views = _laid([each[name] for each in states])
+            for each, view in zip(states, views, strict=True):
+                each[name] = view
         return cls(group, parameters, states, weights, whole, [p.data_ptr() for p in parameters])
 
     def in_place(self) -> bool:
@@ -105,6 +106,13 @@ class _Piece:
 
 def _joined(tensors) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _laid(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """`tensors` one after the other, and each as a view of that."""
+    whole = _joined(tensors)
+    parts = whole.split([tensor.numel() for tensor in tensors])
+    return whole, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _parts(parameters: list[torch.Tensor]):

@@ -59,11 +59,16 @@ def group_norm(x, shift, weight, bias, groups, eps, silu):
         out = scaled.flatten(1, 2) * weight.float()[:, None, None] + bias.float()[:, None, None]
         out = (out * out.sigmoid() if silu else out).to(x.dtype)
         return out.contiguous(memory_format=torch.channels_last), mean.flatten(1), rstd.flatten(1)
-    total = (x if shift is None else x + shift[:, :, None, None]).to(weight.dtype).contiguous()
-    count, channels, *sides = total.shape
-    sizes = (count, channels, sides[0] * sides[1], groups)
+    total, sizes = _sum(x, shift, groups, weight.dtype)
     out, mean, rstd = torch.native_group_norm(total, weight, bias, *sizes, eps)
     return (F.silu(out, inplace=True) if silu else out).to(x.dtype), mean, rstd
+
+
+def _sum(x, shift, groups, dtype):
+    """x + shift, contiguous and in `dtype`, and the sizes that torch's group norm asks for."""
+    total = (x if shift is None else x + shift[:, :, None, None]).to(dtype).contiguous()
+    count, channels, high, wide = total.shape
+    return total, (count, channels, high * wide, groups)
 
 
 def _normalised(x, shift, groups, eps, mean, rstd):
@@ -89,9 +94,8 @@ def group_norm_backward(grad, x, shift, mean, rstd, weight, bias, groups, eps, s
         over = (2, 3, 4)
         inner = inner - inner.mean(over, True) - scaled * (inner * scaled).mean(over, True)
         return (inner * rstd).flatten(1, 2).to(x.dtype).contiguous(memory_format=torch.channels_last)
-    total = (x if shift is None else x + shift[:, :, None, None]).to(weight.dtype).contiguous()
-    count, channels, *sides = total.shape
-    sizes, grad = (count, channels, sides[0] * sides[1], groups), grad.to(weight.dtype)
+    total, sizes = _sum(x, shift, groups, weight.dtype)
+    grad = grad.to(weight.dtype)
     if silu:
         out = torch.native_group_norm(total, weight, bias, *sizes, eps)[0]
         grad = aten.silu_backward(grad, out)

@@ -4,8 +4,8 @@
 
 The grid is 8 prompts x 2 seeds at 1024 px, 30 Euler steps, for the base and for a LoRA: 32 pictures. The plain loop
 draws one picture after the other and calls load_lora_weights for each that needs it; --plain of each kind are timed and
-the time is scaled to all. --others adds batch sizes, and what is faster but not the same. With --cap a card of so many
-GiB is imitated, and base and two adapters (4 prompts x 2 seeds) are drawn instead.
+the time is scaled to all. --others adds one picture at a time, and what is faster but not the same. With --cap a card
+of so many GiB is imitated, and base and two adapters (4 prompts x 2 seeds) are drawn instead.
 
     PYTHONPATH=. python tests/benchmarks/generate.py --out DIR --tiny --adapter RUN
 

@@ -360,8 +360,7 @@ def updates(options, name: str) -> None:
     plan, losses = recipe_of(options, name, **changes), []
     run = begin(options, plan, rung, pieces * plan.batch)
     if options.row == "fp32":  # the same encoded pictures, the frozen weights exact, nothing rounded to fp16
-        run.unet.float()
-        run.engine.half = False
+        run.engine = step.Plain(run.unet.float(), run.parameters)
     for _ in range(options.steps):
         losses.append(run.update()[0])
         run.step += 1
