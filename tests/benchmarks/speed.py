@@ -27,6 +27,7 @@ import os
 import re
 import runpy
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -36,6 +37,8 @@ import ladder
 import measure
 import script
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from measure import OWN, T4_LIKE
 
 from naruto_lora import cache, data, lora, memory, models, recipe, report, step, train
@@ -318,9 +321,10 @@ def gradients(run: train.Run, draw: step.Draw, weights: dict[str, torch.Tensor])
     return flat
 
 
+COMPILED = "plain, compiled"  # by torch.compile: not one kernel is the plain run's
 UPDATES = {  # name: attention, rung, micro-batches taken at once; the plain ones differ by their kernels alone
     "plain": (T4_LIKE, PLAIN, 1), "plain, own attention": (OWN, PLAIN, 1), "plain, larger pieces": (T4_LIKE, PLAIN, 2),
-    "lean": (T4_LIKE, {}, 1), "fast": (OWN, FAST, 1), "fp32": (T4_LIKE, PLAIN, 1),
+    COMPILED: (OWN, PLAIN, 1), "lean": (T4_LIKE, {}, 1), "fast": (OWN, FAST, 1), "fp32": (T4_LIKE, PLAIN, 1),
 }  # fmt: skip
 
 
@@ -341,14 +345,19 @@ def thirty(options) -> None:
         losses = {row: report.read_json(folder / f"{row}.json") for row in UPDATES if (folder / f"{row}.json").exists()}
         if "plain" not in losses:
             continue
-        apart = {
-            f"{one} / {two}": max(abs(a - b) for a, b in zip(losses[one], losses[two], strict=True))
-            for one, two in itertools.combinations(losses, 2)
+        figures = {"updates": options.steps, "mean_loss": statistics.fmean(losses["plain"])}
+        figures["greatest difference, root mean square"] = {
+            f"{one} / {two}": apart(losses[one], losses[two]) for one, two in itertools.combinations(losses, 2)
         }
-        figures = {"updates": options.steps, "mean_loss": sum(losses["plain"]) / len(losses["plain"])}
-        figures |= {"greatest difference": apart, "commit": options.commit} | measure.machine()
+        figures |= {"commit": options.commit} | measure.machine()
         report.write_json(options.out / "results" / f"{name}.thirty.json", figures)
         print(name, json.dumps(figures), flush=True)
+
+
+def apart(one: list[float], two: list[float]) -> tuple[float, float]:
+    """How far two runs' losses are from each other: at most, and in the root mean square."""
+    differences = [a - b for a, b in zip(one, two, strict=True)]
+    return max(map(abs, differences)), statistics.fmean(d * d for d in differences) ** 0.5
 
 
 def updates(options, name: str) -> None:
@@ -359,6 +368,11 @@ def updates(options, name: str) -> None:
     changes = {"accumulation": options.accumulation} if options.accumulation else {}
     plan, losses = recipe_of(options, name, **changes), []
     run = begin(options, plan, rung, pieces * plan.batch)
+    if options.row == COMPILED:
+        torch._dynamo.config.recompile_limit = 64  # a ResNet's shapes are a dozen
+        for module in run.unet.modules():
+            if isinstance(module, (ResnetBlock2D, BasicTransformerBlock)) or module is run.unet.conv_norm_out:
+                module.compile(dynamic=False)
     if options.row == "fp32":  # the same encoded pictures, the frozen weights exact, nothing rounded to fp16
         run.engine = step.Plain(run.unet.float(), run.parameters)
     for _ in range(options.steps):
