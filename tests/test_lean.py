@@ -212,6 +212,9 @@ def test_a_unet_of_another_kind_is_refused_with_the_layers_name(base):
     unet.up_blocks[0].resnets[1].output_scale_factor = 2.0
     with pytest.raises(ValueError, match="up_blocks.0.resnets.1"):
         lean.Lean(unet, parameters, memory.Rung(1))
+    unet.conv_act = torch.nn.GELU()
+    with pytest.raises(ValueError, match="last layers"):
+        lean.Lean(unet, parameters, memory.Rung(1))
 
 
 def test_lora_elsewhere_is_refused(base):

@@ -3,7 +3,8 @@
     python tests/benchmarks/resume.py --out DIR [--cap 14.56] [--base FOLDER] [--steps 30]
 
 Four runs share the GPU: unbroken and killed, each also with deterministic algorithms. Compared are every step's
-pictures, timesteps, learning rate and loss, and the LoRA at the end. Host memory is each process's own peak.
+pictures, timesteps, learning rate and loss, and the LoRA at the end. Host memory is each process's own peak. Without
+--cap each run plans for what the others have left of the card, and other rungs round otherwise.
 On a machine without a GPU, `--base` (the embedded one) and `--recipe` (a .json) try the script itself.
 """
 
