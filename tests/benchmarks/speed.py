@@ -321,7 +321,7 @@ def gradients(run: train.Run, draw: step.Draw, weights: dict[str, torch.Tensor])
     return flat
 
 
-COMPILED = "plain, compiled"  # by torch.compile: not one kernel is the plain run's
+COMPILED = "plain, compiled"  # by torch.compile: what is no product has other kernels
 UPDATES = {  # name: attention, rung, micro-batches taken at once; the plain ones differ by their kernels alone
     "plain": (T4_LIKE, PLAIN, 1), "plain, own attention": (OWN, PLAIN, 1), "plain, larger pieces": (T4_LIKE, PLAIN, 2),
     COMPILED: (OWN, PLAIN, 1), "lean": (T4_LIKE, {}, 1), "fast": (OWN, FAST, 1), "fp32": (T4_LIKE, PLAIN, 1),
