@@ -330,7 +330,7 @@ def _last_norm(fast, norm):
     """The forward method of the U-Net's last group norm and its SiLU, computed in fp32: x (B, C, H, W) -> the same.
 
     CUDA's kernel rounds a group's mean and spread to fp16 where its input is fp16. Further in that is noise; here it
-    scales the prediction all over the picture, and the loss moves by more than all other roundings move it together.
+    scales the prediction all over the picture, and the loss with it.
     """
     exact = SimpleNamespace(
         weight=norm.weight.float(), bias=norm.bias.float(), num_groups=norm.num_groups, eps=norm.eps
