@@ -1,7 +1,55 @@
 """naruto_lora: give Stable Diffusion XL a style on a GPU that costs nothing.
 
-recipe -> captioned images -> cache -> U-Net + LoRA -> training -> checkpoints -> pictures -> comparison.
-Each module holds one of these arrows; README.md draws the whole. Importing the package loads nothing heavy.
+    import naruto_lora as nl
+
+    recipe = nl.recipe("naruto-1024", dataset="my_pictures")    # all that decides a run
+    nl.train(recipe, "runs/mine")                                # a LoRA in runs/mine; run it again to resume
+    pipe = nl.load(recipe.base, recipe.vae, {"mine": "runs/mine"})
+    nl.draw(pipe, ["a fisherman on a pier"], adapter="mine")[0].save("fisherman.png")
+
+recipe -> captioned pictures -> cache -> U-Net + LoRA -> training -> checkpoints -> pictures -> comparison.
+Each module here is one of these stages, README.md has the map, and `python -m naruto_lora` the commands. Importing the
+package loads nothing heavy: what it offers is imported when it is first used.
 """
 
+import importlib
+import sys
+import types
+
 __version__ = "0.1.0"
+
+OFFERED = {  # name: the module that has it
+    "load": "pipeline", "draw": "pipeline", "cross": "pipeline", "read_prompts": "pipeline",
+    "draw_to": "gallery", "redraw": "gallery",
+}  # fmt: skip
+MODULES = (
+    "cache", "checkpoint", "data", "files", "gallery", "hub", "lora", "models", "pipeline", "progress", "recipe",
+    "session", "step", "train", "colab", "measure", "memory", "reading", "show", "tiny", "widgets",
+)  # fmt: skip
+
+
+def __getattr__(name: str):
+    """Imports what is offered when it is first asked for (PEP 562)."""
+    if name in OFFERED:
+        return getattr(importlib.import_module(f"{__name__}.{OFFERED[name]}"), name)
+    if name in MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *OFFERED, *MODULES})
+
+
+def call_as(module: str, function) -> None:
+    """Makes calling `module` call its main `function`: `nl.train(...)` is `nl.train.train(...)`.
+
+    A module takes the place of any function of its name in the package, so it has to be callable itself
+    (docs.python.org, data model, 'Customizing module attribute access').
+    """
+
+    class Callable(types.ModuleType):
+        def __call__(self, *arguments, **options):
+            return function(*arguments, **options)
+
+    sys.modules[module].__class__ = Callable

@@ -16,7 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import data, files, memory, models
+from . import data, files, models
+from .memory import gpu
+from .progress import note
+from .reading import picture
 
 SHARD_BYTES, SHARD_ENTRIES = 16 * 2**20, 64  # a shard is full at either: some 50 captions or 64 pictures at 1024 px
 VAE_NUMBERS = 1024  # the VAE's encoder holds at once, a pixel: 2 GiB for a picture of 1024 px in fp16
@@ -61,7 +64,7 @@ class Cache:
             "pooled": pooled * kept[:, None],  # (B, P)
             "time_ids": self._stack(pictures, "time_ids"),  # (B, 6)
         }
-        return {name: memory.send(value, device) for name, value in batch.items()}
+        return {name: gpu.send(value, device) for name, value in batch.items()}
 
     def prompts_of(self, indices, device) -> dict[str, torch.Tensor]:
         """prompt_embeds (B, L, D) and pooled (B, P) of `indices`, on `device`."""
@@ -100,7 +103,7 @@ def encode(examples: list[data.Example], recipe, folder: str | Path, show=None, 
         missing = {key: item for key, item in wanted.items() if key not in found}
         if missing:
             _fill(place, missing, encoded(missing, recipe), kind, copies, show)
-            memory.free()
+            gpu.free()
             found = _by_key(_open(place, show))
         shards |= {key: found[key] for key in wanted}
     shapes = tuple(tuple(shards[key].get_slice(f"{key}.mean").get_shape()) for key in latents)
@@ -128,7 +131,7 @@ def _pictures(missing: dict[str, data.Example], recipe) -> Encoded:
     side = recipe.resolution
     sizes: dict[tuple[int, int], list[str]] = {}
     for key, example in missing.items():
-        size = data.bucket(example.size(), side) if recipe.buckets else (side, side)
+        size = picture.bucket(example.size(), side) if recipe.buckets else (side, side)
         sizes.setdefault(size, []).append(key)
     rows = ((missing[key], size) for size, keys in sizes.items() for key in keys)
     parts = [part for keys in sizes.values() for part in _parts(keys, _batch(vae, side))]
@@ -148,7 +151,7 @@ def _batch(vae, side: int) -> int:
     if vae.device.type == "cpu":
         return max(1, min(32, 1024**2 // side**2))
     need = VAE_NUMBERS * vae.dtype.itemsize * side**2
-    return max(1, min(32, 4 * 1024**2 // side**2, memory.available(vae.device) // (2 * need)))
+    return max(1, min(32, 4 * 1024**2 // side**2, gpu.available(vae.device) // (2 * need)))
 
 
 def _marked(device: torch.device):
@@ -224,7 +227,7 @@ def _open(folder: Path, show) -> list[_Shard]:
         except FileNotFoundError:  # another run has found it broken too
             continue
         except SafetensorError as error:
-            files.tell(show, f"'{path}' in the cache is broken ({error}): it is removed, its entries are made again")
+            note(show, f"'{path}' in the cache is broken ({error}): it is removed, its entries are made again")
             path.unlink(missing_ok=True)
             continue
         shards.append(_Shard(path, opened, {name.rpartition(".")[0] for name in opened.keys()}))
@@ -284,7 +287,7 @@ def _save(folder: Path, entries: dict[str, dict[str, torch.Tensor]], left: int) 
 
 
 class _Mirror:
-    """A second folder of shards. The first thing that goes wrong there is told; the run goes on without it."""
+    """A second folder of shards. The first thing that goes wrong there is told; the run continues without it."""
 
     def __init__(self, folder: str | Path | None, show):
         self.folder, self.show = Path(folder) if folder else None, show
@@ -316,5 +319,5 @@ class _Mirror:
             work(*arguments)
         except OSError as error:
             reason = error.strerror or error
-            files.tell(self.show, f"no copy of the cache is kept in '{self.folder}' ({reason}); the run goes on")
+            note(self.show, f"no copy of the cache is kept in '{self.folder}' ({reason}); the run continues")
             self.folder = None

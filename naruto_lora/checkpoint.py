@@ -1,20 +1,31 @@
-"""Checkpoints: `checkpoint-<n>` after n updates, whole or passed over. Safetensors and JSON, no pickle."""
+"""A run on disk: checkpoints, whole or skipped; its folder and mirror; what may change when it is resumed.
+
+`checkpoint-<n>` holds the state after n updates, in safetensors and JSON, without pickle.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
+import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import files, lora
+from . import data, files, lora, models
+from .progress import Listener, note
 
 KEEP = 3  # newest ones, beside the best
 FILES = (lora.FILE, "optimizer.safetensors", "state.json")
 SUMS = "SHA256SUMS"  # as sha256sum writes it: `sha256sum -c SHA256SUMS` checks a checkpoint by hand
+FREE_TO_CHANGE = (  # when a run is resumed; legs, base, vae and dataset are compared by content, not by name
+    "name", "legs", "save_every", "save_minutes", "measure_every", "previews", "max_minutes", "expect",
+    "batch", "accumulation", "base", "vae", "dataset",
+)  # fmt: skip
 
 
 def save(folder: Path, step: int, unet, optimizer, state: dict) -> Path:
@@ -90,7 +101,7 @@ def newest(folders: list[Path], show=None) -> Path | None:
         reason = problem(path)
         if reason is None:
             return path
-        files.tell(show, f"{path} is passed over: {reason}")
+        note(show, f"{path} is skipped: {reason}")
     return None
 
 
@@ -172,3 +183,176 @@ def _flatten(optimizer) -> dict[str, torch.Tensor]:
             kind = "tensor" if torch.is_tensor(value) else "number"
             flat[f"{index}.{name}.{kind}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
     return flat
+
+
+class RunFolder:
+    """A run's two places: its folder `out`, and the mirror (on Google Drive), where it outlives this machine.
+
+    A mirror that is missing, full or unreadable is reported once and stops nothing. Raises PermissionError if `out`
+    can't be written.
+    """
+
+    def __init__(self, out: str | Path, mirror: str | Path | None = None, show=None):
+        self.out, self.mirror = Path(out), Path(mirror) if mirror else None
+        self.show = show if isinstance(show, Listener) else Listener(show)
+        self.saved, self.saved_at = None, time.time()  # the newest checkpoint's step, and when it was written
+        files.writable(self.out)
+        if self.mirror:
+            self._prepare_mirror()
+
+    def _prepare_mirror(self) -> None:
+        """Makes the mirror if its parent exists."""
+        try:
+            self.mirror.mkdir(exist_ok=True)
+            files.writable(self.mirror)
+            tidy(self.mirror)
+        except OSError as error:
+            reason = error.strerror or error
+            self.show.note(f"the mirror '{self.mirror}' can't be used ({reason}); each checkpoint tries it again")
+
+    def newest(self) -> list[Path]:
+        """The newest usable checkpoint of each place, the newer one first; `out`'s where both are of one step."""
+        tidy(self.out)
+        found = [self._newest_in(place) for place in (self.out, self.mirror) if place]
+        return sorted(filter(None, found), key=step_of, reverse=True)
+
+    def _newest_in(self, place: Path) -> Path | None:
+        try:
+            return newest([place], self.show)
+        except OSError as error:
+            self.show.note(f"'{place}' can't be read ({error.strerror or error}); its checkpoints are skipped")
+            return None
+
+    def bring(self, found: Path) -> Path:
+        """The checkpoint `found` in `out`. One of the mirror is copied, with the best checkpoint and the previews.
+
+        Raises OSError if it can't be read.
+        """
+        if found.parent == self.out:
+            return found
+        fetch(found, self.out)
+        with contextlib.suppress(OSError):  # these are good to have, but not needed
+            best = found.with_name(f"checkpoint-{read_state(found)['record']['best_step']}")
+            if best != found and problem(best) is None:
+                fetch(best, self.out)
+            (self.out / "previews").mkdir(exist_ok=True)
+            for path in (found.parent / "previews").glob("step-*.jpg"):
+                files.copy_whole(path, self.out / "previews" / path.name)
+        return self.out / found.name
+
+    def save(self, step: int, unet, optimizer, state: dict) -> None:
+        """Writes checkpoint-<step> with `state` here and in the mirror, and drops the oldest. Raises OSError."""
+        best = state["record"]["best_step"]
+        path = self._write(step, unet, optimizer, state, best)
+        self.saved, self.saved_at = step, time.time()
+        rotate(self.out, step, best)
+        self.mirror_checkpoint(path, best)
+
+    def _write(self, step: int, unet, optimizer, state: dict, best: int | None) -> Path:
+        try:
+            return save(self.out, step, unet, optimizer, state)
+        except OSError:  # a full disk: older checkpoints make room
+            rotate(self.out, self.saved or 0, best, keep=1)
+        try:
+            return save(self.out, step, unet, optimizer, state)
+        except OSError as error:
+            raise OSError(
+                f"checkpoint-{step} can't be written to '{self.out}' ({error}), the newest there is of step "
+                f"{self.saved}: make room and run it again to continue from it"
+            ) from None
+
+    def mirror_checkpoint(self, path: Path, best: int | None) -> None:
+        """Copies a checkpoint of `out`, and the one of step `best`, to the mirror; drops the oldest there."""
+        if self.mirror is None:
+            return
+        with self._mirroring():
+            for each in {path, path.with_name(f"checkpoint-{best}")}:
+                if each.is_dir() and problem(self.mirror / each.name):
+                    fetch(each, self.mirror)
+            rotate(self.mirror, step_of(path), best, emptied=True)
+
+    def mirror_file(self, path: Path) -> None:
+        """Copies a file of `out` to its place in the mirror."""
+        if self.mirror is None:
+            return
+        with self._mirroring():
+            target = self.mirror / path.relative_to(self.out)
+            target.parent.mkdir(exist_ok=True)
+            files.copy_whole(path, target)
+
+    @contextlib.contextmanager
+    def _mirroring(self):
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            self.show.once(f"no copy in the mirror '{self.mirror}' ({reason}); the run continues")
+
+    def finish(self, unet, recipe, record: dict) -> None:
+        """Writes the LoRA's two files and run.json, here and in the mirror. Raises OSError."""
+        try:
+            for file in self._write_adapter(unet, recipe, record):
+                self.mirror_file(file)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the LoRA can't be written to '{self.out}' ({error}): make room; its weights are {self.where()}"
+            ) from None
+
+    def _write_adapter(self, unet, recipe, record: dict) -> list[Path]:
+        """Written beside, then put into `out`."""
+        beside = self.out / ".writing-adapter"
+        shutil.rmtree(beside, ignore_errors=True)  # of a killed end: its files may be cut short
+        beside.mkdir()
+        lora.save(unet, beside)
+        lora.save_kohya(unet, beside / f"{recipe.name}.safetensors", recipe.alpha)
+        (beside / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        for file in beside.iterdir():
+            files.flush(file)
+        written = [file.replace(self.out / file.name) for file in sorted(beside.iterdir())]
+        beside.rmdir()
+        return written
+
+    def where(self) -> str:
+        """Where the newest checkpoint is, for a sentence."""
+        return f"saved in '{self.out / f'checkpoint-{self.saved}'}': run it again to continue"
+
+
+def sources_of(recipe, examples: list[data.Example], held: list[data.Example]) -> dict[str, str]:
+    """What a run depends on beside the recipe's numbers, identified by content and not by place."""
+    return {
+        "dataset": f"{len(examples)} training pictures, {data.fingerprint(examples)}",
+        "holdout": f"{len(held)} pictures, {data.fingerprint(held)}",
+        "base": models.identity(recipe.base)[:16],
+        "vae": models.identity(recipe.vae or recipe.base)[:16],
+    }
+
+
+def refuse_changes(recipe, sources: dict, state: dict, folder: Path) -> None:
+    """Raises ValueError, with the field and both values, if the checkpoint's `state` was trained otherwise."""
+
+    def same(field: str, old, new) -> None:
+        if old != new:
+            raise ValueError(
+                f"the run in '{folder}' was begun with {field} {old!r}, not {new!r}: use that, or another folder"
+            )
+
+    if "sources" not in state:
+        raise ValueError(f"the run in '{folder}' was begun by an earlier version of naruto_lora: use another folder")
+    new, done = json.loads(recipe.to_json()), state["step"]
+    old = {f.name: f.default for f in dataclasses.fields(recipe)} | state["recipe"]
+    for field, value in new.items():
+        if field not in FREE_TO_CHANGE:
+            same(field, old[field], value)
+    same("batch * accumulation", old["batch"] * old["accumulation"], recipe.pictures_per_step)
+    for field, value in state["sources"].items():
+        if value != sources[field]:
+            same(field, f"{old[field]} ({value})", f"{new[field]} ({sources[field]})")
+    if done > recipe.steps:
+        raise ValueError(
+            f"the run in '{folder}' is at step {done}, past the {recipe.steps} of recipe '{recipe.name}': "
+            f"use another folder"
+        )
+    before = recipe.replace(legs=old["legs"])
+    for k in range(done):
+        rates = (float(f"{plan.learning_rate(k):.9g}") for plan in (before, recipe))
+        same(f"legs whose learning rate in step {k + 1} is", *rates)

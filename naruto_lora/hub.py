@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import files
+from .progress import note
 
 STALL = 90.0  # seconds without one byte more
 PARTS = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -41,7 +41,7 @@ class Wanted:
                 return
             if error != "stalled":
                 raise FileNotFoundError(explain(self.repository, self.kind, error))
-            files.tell(show, f"the download of {self.repository} has stalled; it is tried again another way")
+            note(show, f"the download of {self.repository} has stalled; it is tried again another way")
         raise TimeoutError(
             f"the download of '{self.repository}' stalls: check the network, then run this again; it goes on"
         )
@@ -50,17 +50,23 @@ class Wanted:
 def wanted(recipe) -> list[Wanted]:
     """What `recipe` needs of the hub and this machine doesn't have. Raises FileNotFoundError if the hub has none."""
     found = []
-    if _on_hub(recipe.base):
+    if means_hub(recipe.base):
         found.append(_missing(recipe.base, "model", _of_base(_listing(recipe.base, "model"), recipe)))
-    if _on_hub(recipe.vae):
+    if means_hub(recipe.vae):
         found.append(_missing(recipe.vae, "model", _of_vae(_listing(recipe.vae, "model"), recipe)))
-    if _on_hub(recipe.dataset):
+    if means_hub(recipe.dataset):
         found.append(_missing(recipe.dataset, "dataset", _of_data(_listing(recipe.dataset, "dataset"))))
     return [each for each in found if each]
 
 
-def _on_hub(name: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+def is_id(name: str) -> bool:
+    """Whether `name` reads as a hub id, such as 'stabilityai/stable-diffusion-xl-base-1.0'."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def means_hub(name: str) -> bool:
+    """Whether `name` means a repository on the hub: it reads as an id, and nothing of that name is here."""
+    return is_id(name) and not Path(name).exists()
 
 
 def _missing(repository: str, kind: str, sizes: dict[str, int]) -> Wanted | None:
@@ -163,30 +169,38 @@ def _of_data(listing: dict[str, int]) -> dict[str, int]:
 
 def _watched(wanted: Wanted, show, environment: dict) -> str | None:
     """Downloads in a process of its own: None when all is here, 'stalled', or the error's class."""
-    places, package = _places(wanted), str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, environment.get("PYTHONPATH"))))
-    begun, before = time.monotonic(), _bytes(places)
+    command = [sys.executable, "-m", "naruto_lora.hub", wanted.kind, wanted.repository, *wanted.names]
     with tempfile.TemporaryFile("w+") as said:
-        command = [sys.executable, "-m", "naruto_lora.hub", wanted.kind, wanted.repository, *wanted.names]
         process = subprocess.Popen(command, stdout=said, stderr=said, env=environment | {"PYTHONPATH": path})
         try:
-            most = before
-            while process.poll() is None:
-                time.sleep(0.3)
-                now = _bytes(places)
-                if now > most:
-                    most, begun = now, time.monotonic()
-                    if show:
-                        show("download", min(now - before, wanted.size) >> 20, max(1, wanted.size >> 20))
-                if time.monotonic() - begun > STALL:
-                    return "stalled"
+            if not _ends(process, wanted, show):
+                return "stalled"
         finally:
             process.kill()
             process.wait()
         said.seek(0)
-        if process.returncode == 0 and show:
-            show("download", max(1, wanted.size >> 20), max(1, wanted.size >> 20))
         return None if process.returncode == 0 else said.read().strip().splitlines()[-1:][0]
+
+
+def _ends(process: subprocess.Popen, wanted: Wanted, show) -> bool:
+    """Shows how far the download is until `process` ends; False if STALL seconds pass without one byte more."""
+    places, total = _places(wanted), max(1, wanted.size >> 20)
+    changed, before = time.monotonic(), _bytes(places)
+    most = before
+    while process.poll() is None:
+        time.sleep(0.3)
+        now = _bytes(places)
+        if now > most:
+            most, changed = now, time.monotonic()
+            if show:
+                show("download", min(now - before, wanted.size) >> 20, total)
+        if time.monotonic() - changed > STALL:
+            return False
+    if process.returncode == 0 and show:
+        show("download", total, total)
+    return True
 
 
 def _places(wanted: Wanted) -> list[Path]:

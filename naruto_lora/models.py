@@ -58,6 +58,11 @@ def unet_config(base: str) -> dict:
     return _config(base, "unet/config.json", "an SDXL model")
 
 
+def own_resolution(base: str, vae: str = "") -> int:
+    """The side of the pictures that the base was made for, in px: 1024 for SDXL."""
+    return unet_config(base).get("sample_size", 128) * pixels_a_latent(base, vae)
+
+
 def identity(source: str) -> str:
     """What tells one model from another: a hub id, or a folder's weights (size and first MiB, not place)."""
     files = sorted(Path(source).rglob("*.safetensors"))

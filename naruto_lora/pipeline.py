@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
-from . import data, files, memory, models
+from . import data, files, models
+from .memory import gpu
+from .progress import note
+from .reading.prompts import read_prompts as read_prompts
 
 BASE = "base"  # the name that stands for 'no adapter'
 LCM = "lcm"  # the adapter, and the scheduler that draws with it alone
@@ -138,26 +140,6 @@ def set_scheduler(pipe, name: str) -> None:
     pipe.scheduler = getattr(diffusers, kind).from_config(pipe.own_schedule, **extra)
 
 
-def read_prompts(source: list[str] | str | Path) -> list[str]:
-    """Prompts from a list, a .txt file (one a line) or a .json file (a list of texts).
-
-    Raises FileNotFoundError for a missing file, ValueError for one that holds no prompts.
-    """
-    if isinstance(source, list):
-        return source
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file '{path}' to read prompts from; check the path")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        prompts = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    except ValueError:
-        prompts = None
-    if not prompts or not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"'{path}' holds no prompts; a .txt needs one a line, a .json a list of texts, both in UTF-8")
-    return prompts
-
-
 def holdout_prompts(dataset: str | Path, holdout: float) -> list[str]:
     """The captions of the pictures that a run keeps out of its training, or all if it keeps none.
 
@@ -278,7 +260,7 @@ def together(pipe, resolution: int, asked: int | None = None) -> int:
     if pipe.unet.device.type == "cpu":
         return max(1, min(fits, 16 * 64**2 // resolution**2))
     number = pipe.unet.dtype.itemsize * resolution**2  # bytes, of one number a pixel
-    free = memory.available(pipe.unet.device) - VAE_NUMBERS * number
+    free = gpu.available(pipe.unet.device) - VAE_NUMBERS * number
     return max(1, min(fits, 8 * 1024**2 // resolution**2, free // (UNET_NUMBERS * number)))
 
 
@@ -295,19 +277,19 @@ def _smaller(pipe, resolution: int, left: list[slice], show) -> list[slice]:
 
     Raises RuntimeError if that has been tried.
     """
-    memory.free()
+    gpu.free()
     pipe.vae.to(pipe.unet.dtype)
     size = left[0].stop - left[0].start
     if size > 1:
         most = -(-size // 2)
         pipe.fits = pipe.__dict__.get("fits", {}) | {resolution: most}
-        files.tell(show, f"memory ran out with {size} pictures at once: from here {most}")
+        note(show, f"memory ran out with {size} pictures at once: from here {most}")
         return [slice(whole.start + half.start, whole.start + half.stop)
                 for whole in left for half in even_parts(whole.stop - whole.start, most)]
     if pipe.vae.use_tiling:
         raise RuntimeError(f"memory does not hold one picture of {resolution} px; take a lower resolution")
     pipe.vae.enable_tiling()
-    files.tell(show, "memory ran out with one picture: from here the VAE decodes in tiles")
+    note(show, "memory ran out with one picture: from here the VAE decodes in tiles")
     return left
 
 
@@ -377,42 +359,7 @@ def _slice_decoding(pipe, count: int, resolution: int) -> None:
     pipe.vae.use_slicing = False
     if pipe.vae.device.type != "cpu":
         need = count * VAE_NUMBERS * pipe.vae.dtype.itemsize * resolution**2
-        pipe.vae.use_slicing = need > memory.available(pipe.vae.device)
-
-
-@torch.no_grad()
-def preview(unet, recipe, prompts: dict[str, torch.Tensor], steps: int = 20, guidance_scale: float = 4.0) -> list:
-    """PIL pictures of encoded prompts (prompt_embeds (B, L, D), pooled (B, P)) by a U-Net that is being trained.
-
-    The VAE is loaded for it and freed again. Picture k has seed k, so that previews differ by the training alone.
-    """
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
-
-    vae = models.load_vae(recipe.base, recipe.vae, models.DTYPES[recipe.precision], unet.device)
-    scheduler = EulerDiscreteScheduler.from_pretrained(recipe.base, subfolder="scheduler")
-    pipe = StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
-        tokenizer_2=None, add_watermarker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    embeds, pooled = prompts["prompt_embeds"].to(unet.dtype), prompts["pooled"].to(unet.dtype)
-    pictures = []
-    for k in range(len(embeds)):
-        latents = pipe(
-            prompt_embeds=embeds[k : k + 1],
-            pooled_prompt_embeds=pooled[k : k + 1],
-            negative_prompt_embeds=torch.zeros_like(embeds[:1]),
-            negative_pooled_prompt_embeds=torch.zeros_like(pooled[:1]),
-            generator=torch.Generator().manual_seed(k),
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            height=recipe.resolution,
-            width=recipe.resolution,
-            output_type="latent",
-        ).images
-        with torch.autocast(unet.device.type, enabled=False):  # a VAE that overflows in fp16 stays in fp32
-            pictures += to_pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
-    return pictures
+        pipe.vae.use_slicing = need > gpu.available(pipe.vae.device)
 
 
 def to_pictures(images: torch.Tensor) -> list:

@@ -1,4 +1,8 @@
-"""How far a long call is: one line a phase, in a notebook, a terminal or a log."""
+"""How far a long call is: one line a phase, in a notebook, a terminal or a log.
+
+Long calls take a `show`: a function `show(phase, done, total, **figures)`, called again and again, which may have a
+method `show.note(text)` for lines worth keeping. `Progress` is one; None shows nothing and prints the notes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,31 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+
+
+def note(show, text: str) -> None:
+    """One line worth keeping: to `show.note` if there is one, else printed."""
+    getattr(show, "note", print)(text)
+
+
+class Listener:
+    """A `show` that can always be called, whatever it is given, and says a thing once where it is asked to."""
+
+    def __init__(self, show=None):
+        self.show, self.said = show, set()
+
+    def __call__(self, phase: str, done: int, total: int, **figures) -> None:
+        if self.show:
+            self.show(phase, done, total, **figures)
+
+    def note(self, text: str) -> None:
+        note(self.show, text)
+
+    def once(self, text: str) -> None:
+        """`note`, the first time that this text comes."""
+        if text not in self.said:
+            self.said.add(text)
+            self.note(text)
 
 
 class Progress:

@@ -10,6 +10,8 @@ import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from . import call_as
+
 SCHEDULES = ("constant", "cosine")
 PRECISIONS = ("fp16", "fp32")
 
@@ -244,3 +246,6 @@ RECIPES = {
         expect="9.0 GiB on the GPU; 1.5 minutes on an H200, by one step of it; a T4: 17 minutes, modelled",
     ),
 }
+
+
+call_as(__name__, load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import statistics
 import threading
@@ -69,10 +70,25 @@ class Interrupts:
 
 
 class Forecast:
-    """Seconds to come, from those that were: the median update, the mean measurement and checkpoint."""
+    """Seconds to come, from those that were: the median update, the mean measurement and checkpoint.
 
-    def __init__(self, recipe):
-        self.recipe, self.spent = recipe, {"update": [], "measure": [], "save": []}
+    `begun` is when the session began (time.time()): `max_minutes` count from there.
+    """
+
+    def __init__(self, recipe, begun: float):
+        self.recipe, self.begun, self.spent = recipe, begun, {"update": [], "measure": [], "save": []}
+
+    def elapsed(self) -> float:
+        """Seconds since the session began."""
+        return time.time() - self.begun
+
+    def budget_left(self) -> float:
+        """Seconds of `max_minutes` that are left."""
+        return (self.recipe.max_minutes * 60 or math.inf) - self.elapsed()
+
+    def over_budget(self) -> bool:
+        """Whether the next update would end past `max_minutes`; each session does at least one."""
+        return self.update() > 0 and self.budget_left() < self.update() + self.mean("save")
 
     @contextlib.contextmanager
     def timed(self, what: str):
@@ -96,13 +112,14 @@ class Forecast:
         saved = measured | {k for k in after if k % recipe.save_every == 0}
         return len(after) * self.update() + len(measured) * self.mean("measure") + len(saved) * self.mean("save")
 
-    def sentence(self, at: int, budget: float) -> str:
-        """What is to come after `at` updates: each leg's end, the next checkpoint, and where `budget` (s) ends."""
+    def sentence(self, at: int) -> str:
+        """What is to come after `at` updates: each leg's end, the next checkpoint, and where `max_minutes` end."""
         ends = [leg.until for leg in self.recipe.legs if leg.until > at]
         text = ", ".join(f"step {end} in {duration(self.seconds(at, end))}" for end in ends)
         following = min(at - at % self.recipe.save_every + self.recipe.save_every, self.recipe.steps)
         text = f"{self.update():.3g} s a step: {text}; next checkpoint in {duration(self.seconds(at, following))}"
-        reached = [k for k in range(at, self.recipe.steps) if self.seconds(at, k) <= budget]
+        left = self.budget_left()
+        reached = [k for k in range(at, self.recipe.steps) if self.seconds(at, k) <= left]
         if len(reached) < self.recipe.steps - at:
             text += f"; the {self.recipe.max_minutes:g} minutes end near step {reached[-1]}"
         return text

@@ -110,40 +110,27 @@ def draw(recipe, step: int, shapes: list[tuple[int, int, int]]) -> Draw:
 
 def micro_batches(draw: Draw, shapes: list[tuple[int, int, int]], size: int) -> list[list[int]]:
     """Places in the draw, at most `size` together and all of one shape; in the draw's order where all are of one."""
-    return _of_one_shape([shapes[i] for i in draw.indices], size)
+    return of_one_shape([shapes[i] for i in draw.indices], size)
 
 
-def _of_one_shape(shapes, size: int) -> list[list[int]]:
+def of_one_shape(shapes, size: int) -> list[list[int]]:
+    """Places in `shapes`, at most `size` together and all of one shape."""
     groups: dict[tuple, list[int]] = {}
     for place, shape in enumerate(shapes):
         groups.setdefault(shape, []).append(place)
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
-@torch.no_grad()
-def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int = 4, show=None) -> torch.Tensor:
-    """Losses (N, draws) of each cached picture, unflipped, at fixed noise and stratified fixed timesteps, on the CPU.
+def not_finite(number: int, draw: Draw, losses: list[float], names: tuple[str, ...]) -> str:
+    """What to say of update `number` (from 1) that can't be made: its pictures' `names` and timesteps.
 
-    Column k has its timesteps in [1000 k / draws, 1000 (k + 1) / draws). The draws depend on a picture's place
-    alone, so that two models can be compared picture by picture. Raises ValueError for an empty cache.
+    Those whose loss isn't finite; all of them where it is the gradients alone.
     """
-    count = len(cache)
-    if count == 0:
-        raise ValueError("no picture was held out (the recipe's holdout is 0), so there is no hold-out loss to measure")
-    generators = [torch.Generator().manual_seed(place) for place in range(count)]
-    noise = [torch.randn(draws, *s, generator=g) for s, g in zip(cache.shapes, generators, strict=True)]
-    offset = torch.cat([torch.rand(1, generator=g) for g in generators])
-    losses = torch.empty(count, draws)
-    for k in range(draws):
-        timesteps = ((k + offset) / draws * 1000).long().clamp(max=999)
-        for places in _of_one_shape(cache.shapes, batch):
-            drawn = torch.stack([noise[place][k] for place in places])
-            no = torch.zeros(len(places), dtype=torch.bool)
-            inputs = cache.batch(places, torch.zeros_like(drawn), dropped=no, flipped=no, device=device)
-            losses[places, k] = diffusion_loss(
-                unet, **inputs, timesteps=timesteps[places].to(device), noise=drawn.to(device),
-                alphas_cumprod=alphas_cumprod,
-            ).cpu()
-        if show:
-            show("hold-out", k + 1, draws)
-    return losses
+    wrong = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
+    what, places = ("loss is", wrong) if wrong else ("gradients are", range(len(losses)))
+    named = [f"'{names[draw.indices[k]]}' (timestep {int(draw.timesteps[k])})" for k in places[:4]]
+    named += [f"{len(places) - 4} more"] if len(places) > 4 else []
+    return (
+        f"step {number}: the {what} not finite for {' and '.join(named)}; the run stops before harm is done: check "
+        f"these pictures, or use a lower learning rate from here"
+    )

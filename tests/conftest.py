@@ -1,5 +1,6 @@
 """Shared fixtures: the embedded base, a small data set, a recipe of a few steps, and what it trained."""
 
+import io
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # set before the hub's client is imported: no test waits for a network
@@ -9,6 +10,7 @@ from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from naruto_lora import cache, data, pipeline, recipe, tiny, train  # noqa: E402
 from naruto_lora.tiny import world  # noqa: E402
@@ -73,3 +75,25 @@ def trained(plan, cache_folder, tmp_path_factory) -> Trained:
 def pipe(base, trained):
     """The base with the adapter 'style', which every test must find and leave on the Euler sampler."""
     return pipeline.load(base, adapters={"style": trained.folder})
+
+
+@pytest.fixture(scope="session")
+def mixed(plan, tmp_path_factory):
+    """Square, wide and tall pictures in buckets, encoded also mirrored: (recipe, cache)."""
+    examples = []
+    for number, (wide, high) in enumerate([(64, 64), (96, 40), (40, 96), (64, 60), (90, 40), (33, 80)]):
+        picture = Image.effect_noise((wide, high), 60 + number).convert("RGB")
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        examples.append(data.Example(f"{number}.png", f"picture {number}", buffer.getvalue()))
+    bucketed = plan.replace(buckets=True, flip=True, batch=2, accumulation=3)
+    return bucketed, cache.encode(examples, bucketed, tmp_path_factory.mktemp("mixed"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The package in figures, beside the bounds that `whole/test_structure.py` holds them to."""
+    import structure
+
+    terminalreporter.section("the package in figures")
+    for line in structure.lines():
+        terminalreporter.write_line(line)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from naruto_lora import cache, data, files, models
 from naruto_lora.data import Example
+from naruto_lora.reading import picture
 
 
 @pytest.fixture
@@ -265,7 +266,7 @@ def test_a_mirror_that_fails_costs_a_note_and_nothing_more(plan, examples, tmp_p
 
     made = cache.encode(examples[0][:3], plan, tmp_path / "cache", Show(), mirror=mirror)
     assert len(made) == 3 and encoders["pictures"] == 3
-    assert len(Show.notes) == 1 and str(mirror) in Show.notes[0] and "the run goes on" in Show.notes[0]
+    assert len(Show.notes) == 1 and str(mirror) in Show.notes[0] and "the run continues" in Show.notes[0]
     assert not (tmp_path / "drive").exists() or kind != "absent"
 
 
@@ -299,16 +300,16 @@ def test_buckets_keep_each_pictures_shape(plan, examples, tmp_path, encoders, ba
     drawn(rows, square, tmp_path, encoders)
     made = cache.encode(rows, bucketed, tmp_path)
     assert encoders == {"captions": 5, "pictures": 10}
-    assert made.shapes == tuple((4, h // 4, w // 4) for h, w in (data.bucket(e.size(), 32) for e in rows))
+    assert made.shapes == tuple((4, h // 4, w // 4) for h, w in (picture.bucket(e.size(), 32) for e in rows))
     assert made.shapes[0] == made.shapes[3] != made.shapes[1] == made.shapes[4] != made.shapes[2]
     assert made.names == ("0", "1", "2", "3", "4")
     vae, no = models.load_vae(base, "", torch.float32, torch.device("cpu")), torch.zeros(1, dtype=torch.bool)
     for place, row in enumerate(rows):
-        alone = cache.encode_pictures(vae, [data.decode(row, data.bucket(row.size(), 32))])[0, 0]
+        alone = cache.encode_pictures(vae, [data.decode(row, picture.bucket(row.size(), 32))])[0, 0]
         batch = made.batch([place], [torch.zeros(made.shapes[place])], no, no, "cpu")
         torch.testing.assert_close(batch["latents"][0], alone, rtol=1e-4, atol=1e-5)
         height, width, *_, high, wide = batch["time_ids"][0].tolist()
-        assert (height, width) == row.size() and (high, wide) == data.bucket(row.size(), 32)
+        assert (height, width) == row.size() and (high, wide) == picture.bucket(row.size(), 32)
 
 
 def test_latents_that_are_not_finite_name_their_picture(plan, examples, tmp_path, monkeypatch):

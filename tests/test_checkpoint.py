@@ -98,7 +98,7 @@ def test_fifty_damages_are_passed_over_for_the_one_before(two, how, capsys):
         bit = bytes([whole[at] ^ (1 << at % 8)])
         file.write_bytes(whole[:at] if how == "cut" else whole[:at] + bit + whole[at + 1 :])
         assert checkpoint.newest([two], told) == two / "checkpoint-30", (file.name, at)
-        assert told.lines.pop().startswith(f"{two / 'checkpoint-60'} is passed over: ")
+        assert told.lines.pop().startswith(f"{two / 'checkpoint-60'} is skipped: ")
         file.write_bytes(whole)
     assert checkpoint.newest([two], told) == two / "checkpoint-60" and not told.lines
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from naruto_lora import data
 from naruto_lora.data import Example
+from naruto_lora.reading import picture
 
 
 def packed(image, kind="PNG", **options) -> bytes:
@@ -122,14 +123,14 @@ def test_a_mirrored_picture_has_left_and_right_swapped():
 
 
 def test_at_1024_px_buckets_are_sdxls():
-    sizes = data.buckets(1024)
+    sizes = picture.buckets(1024)
     sdxl = {(512, 2048), (576, 1792), (704, 1472), (768, 1344), (896, 1152), (960, 1088), (1024, 1024)}  # of its table
     assert sdxl <= set(sizes) and {size[::-1] for size in sizes} == set(sizes)
 
 
 @pytest.mark.parametrize("resolution, unit, off", [(1024, 64, 0.02), (256, 16, 0.02), (1000, 56, 0.02), (64, 8, 0.04)])
 def test_buckets_have_one_area_and_sides_that_divide(resolution, unit, off):
-    sizes = data.buckets(resolution)
+    sizes = picture.buckets(resolution)
     assert all(high % unit == wide % unit == 0 for high, wide in sizes)
     assert all(abs(high * wide / resolution**2 - 1) < off for high, wide in sizes)
     ratios = [high / wide for high, wide in sizes]
@@ -145,7 +146,7 @@ def test_buckets_have_one_area_and_sides_that_divide(resolution, unit, off):
     ],
 )
 def test_pictures_go_to_the_bucket_of_the_nearest_ratio(size, bucket):
-    assert data.bucket(size, 1024) == bucket
+    assert picture.bucket(size, 1024) == bucket
 
 
 def test_crop_to_a_bucket_and_its_size_conditions():

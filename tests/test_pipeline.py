@@ -109,7 +109,7 @@ def test_on_a_gpu_the_batch_is_what_memory_holds(monkeypatch):
     gpu = SimpleNamespace(unet=SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16))
     sizes = {}
     for free in (0, 7, 100):
-        monkeypatch.setattr(pipeline.memory, "available", lambda device, free=free: free * 2**30)
+        monkeypatch.setattr(pipeline.gpu, "available", lambda device, free=free: free * 2**30)
         sizes[free] = [pipeline.together(gpu, side) for side in (1024, 512)]
     assert sizes[0] == [1, 1] and 1 < sizes[7][0] < sizes[7][1] <= 16 and sizes[7][0] < sizes[100][0] <= 16
     assert pipeline.together(gpu, 1024, 3) == 3  # what is asked for is taken

@@ -148,3 +148,30 @@ def test_a_saved_notebook_keeps_each_phases_last_state_and_the_notes():
     assert "goes on &lt;b&gt;" in shown and shown.count("<progress") == 3
     assert "color" not in shown and "background" not in shown  # the theme's own
     assert "widget" not in json.dumps(book)
+
+
+def test_a_note_goes_to_who_shows_it_else_is_printed(capsys):
+    told = []
+    progress.note(type("Show", (), {"note": staticmethod(told.append)})(), "one")
+    progress.note(None, "two")
+    progress.note(print, "three")
+    assert told == ["one"] and capsys.readouterr().out == "two\nthree\n"
+
+
+def test_a_listener_can_always_be_called_and_says_a_thing_once(capsys):
+    listener = progress.Listener()
+    listener("training", 1, 2, loss=0.5)  # nobody listens
+    listener.once("the mirror is full")
+    listener.once("the mirror is full")
+    listener.note("the mirror is full")
+    assert capsys.readouterr().out == 2 * "the mirror is full\n"
+    shown, notes = [], []
+
+    def show(*arguments, **figures):
+        shown.append((arguments, figures))
+
+    show.note = notes.append
+    listener = progress.Listener(show)
+    listener("training", 1, 2, loss=0.5)
+    listener.once("slower")
+    assert shown == [(("training", 1, 2), {"loss": 0.5})] and notes == ["slower"]

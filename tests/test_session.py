@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 
 import pytest
 
@@ -14,8 +15,17 @@ def plan(**changes):
     return Recipe("few", legs, precision="fp32", save_every=30, measure_every=90).replace(**changes)
 
 
-def known(recipe, update=2.0, measure=10.0, save=1.0):
-    forecast = session.Forecast(recipe)
+NOW = 1000.0
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """time.time() stands still."""
+    monkeypatch.setattr(time, "time", lambda: NOW)
+
+
+def known(recipe, update=2.0, measure=10.0, save=1.0, begun=NOW):
+    forecast = session.Forecast(recipe, begun)
     forecast.spent = {"update": [9.0] + [update] * 9, "measure": [measure], "save": [save, save]}
     return forecast
 
@@ -30,7 +40,7 @@ def test_seconds_to_come_count_updates_measurements_and_checkpoints():
 
 
 def test_too_few_updates_tell_nothing():
-    forecast = session.Forecast(plan())
+    forecast = session.Forecast(plan(), NOW)
     assert forecast.update() == 0.0 and forecast.mean("save") == 0.0
     for _ in range(session.CALIBRATION):
         assert forecast.seconds(0, 10) is None
@@ -40,23 +50,32 @@ def test_too_few_updates_tell_nothing():
 
 
 def test_what_failed_is_not_timed():
-    forecast = session.Forecast(plan())
+    forecast = session.Forecast(plan(), NOW)
     with pytest.raises(RuntimeError), forecast.timed("update"):
         raise RuntimeError
     assert forecast.spent["update"] == []
 
 
 def test_the_sentence_names_each_legs_end_and_the_next_checkpoint():
-    text = known(plan()).sentence(5, float("inf"))
+    text = known(plan()).sentence(5)
     assert text == "2 s a step: step 300 in 10 min 30 s, step 600 in 21 min 20 s; next checkpoint in 51 s"
-    assert known(plan()).sentence(300, float("inf")).startswith("2 s a step: step 600 in 10 min 50 s; next")
+    assert known(plan()).sentence(300).startswith("2 s a step: step 600 in 10 min 50 s; next")
 
 
 def test_the_sentence_says_where_a_budget_ends():
     forecast = known(plan(max_minutes=5))
-    assert forecast.sentence(5, 300).endswith("; the 5 minutes end near step 148")
+    assert forecast.sentence(5).endswith("; the 5 minutes end near step 148")
     assert forecast.seconds(5, 148) <= 300 < forecast.seconds(5, 149)
-    assert "end near" not in forecast.sentence(5, 3600)
+    later = known(plan(max_minutes=6), begun=NOW - 60)  # what is over already counts
+    assert later.budget_left() == 300 and later.sentence(5).endswith("; the 6 minutes end near step 148")
+    assert "end near" not in known(plan(max_minutes=60)).sentence(5)
+
+
+def test_over_budget_is_an_update_and_its_checkpoint_that_end_too_late():
+    assert known(plan(max_minutes=1), begun=NOW - 57.5).over_budget()  # 2.5 s are left for 2 s and 1 s
+    assert not known(plan(max_minutes=1), begun=NOW - 57).over_budget()
+    assert not known(plan(), begun=NOW - 10**6).over_budget()  # without max_minutes
+    assert not session.Forecast(plan(max_minutes=1), NOW - 600).over_budget()  # each session does one update
 
 
 def test_a_signal_waits_for_a_check_and_a_second_one_does_not():

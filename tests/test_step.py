@@ -1,14 +1,11 @@
 """The training step: its loss, and what each update sees."""
 
-import dataclasses
-import io
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from naruto_lora import cache, data, lora, models, recipe, step, train
+from naruto_lora import checkpoint, lora, models, recipe, step, train
 
 CPU = torch.device("cpu")
 SHAPE = (4, 8, 8)
@@ -153,61 +150,12 @@ def test_micro_batches_are_of_one_shape_and_hold_each_place_once():
     assert step.micro_batches(same, [square] * 30, 3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
-def test_holdout_losses_are_the_same_whatever_the_batch_and_the_random_state(base, encoded):
-    unet, alphas = models.load_unet(base, torch.float32, CPU), models.load_alphas_cumprod(base)
-    one = step.holdout_losses(unet, encoded, alphas, CPU, batch=3, draws=2)
-    torch.manual_seed(77)
-    two = step.holdout_losses(unet, encoded, alphas, CPU, batch=len(encoded), draws=2)
-    assert one.shape == (len(encoded), 2)
-    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
-    assert not one.requires_grad
-
-
-def test_holdout_losses_come_by_timestep_bin_and_never_flipped(encoded):
-    """A U-Net whose error is the timestep it is told: the losses say which timesteps each column had."""
-
-    class Told(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.zeros(1))
-
-        def forward(self, sample, timesteps, encoder_hidden_states, added_cond_kwargs):
-            scaled = timesteps.view(-1, 1, 1, 1) * torch.ones_like(sample)
-            return type("Output", (), {"sample": scaled})
-
-    alphas = torch.full((1000,), 0.5)
-    losses = step.holdout_losses(Told(), dataclasses.replace(encoded, mirrored=()), alphas, CPU, batch=5)
-    means = losses.sqrt() / 250  # the noise adds 1 to a timestep's square
-    assert losses.shape == (len(encoded), 4)
-    for k in range(4):
-        assert (means[:, k] > k - 1e-2).all() and (means[:, k] < k + 1 + 1e-2).all()
-
-
-def test_a_holdout_of_none_is_said_to_be_empty(encoded):
-    with pytest.raises(ValueError, match="no picture was held out .the recipe's holdout is 0."):
-        step.holdout_losses(None, encoded.part(0, 0), None, CPU, batch=1)
-
-
-@pytest.fixture(scope="module")
-def mixed(plan, tmp_path_factory):
-    """Square, wide and tall pictures in buckets, encoded also mirrored: (recipe, cache)."""
-    examples = []
-    for number, (wide, high) in enumerate([(64, 64), (96, 40), (40, 96), (64, 60), (90, 40), (33, 80)]):
-        picture = Image.effect_noise((wide, high), 60 + number).convert("RGB")
-        buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
-        examples.append(data.Example(f"{number}.png", f"picture {number}", buffer.getvalue()))
-    bucketed = plan.replace(buckets=True, flip=True, batch=2, accumulation=3)
-    return bucketed, cache.encode(examples, bucketed, tmp_path_factory.mktemp("mixed"))
-
-
 def test_gradients_over_mixed_shapes_are_the_mean_over_single_pictures(mixed, base, tmp_path):
     bucketed, encoded = mixed
     assert len(set(encoded.shapes)) == 3
     unet = models.load_unet(base, torch.float32, CPU)
-    run = train.Run(
-        bucketed, tmp_path, unet, lora.inject(unet, 4, 10.0, 0), encoded, encoded.part(0, 0), CPU
-    )
+    folder = checkpoint.RunFolder(tmp_path)
+    run = train.Run(bucketed, unet, lora.inject(unet, 4, 10.0, 0), encoded, encoded.part(0, 0), folder)
     draw = step.draw(bucketed, 0, encoded.shapes)
     assert draw.flipped.any() and not draw.flipped.all()
     losses = run._accumulate(draw)
@@ -224,9 +172,3 @@ def test_gradients_over_mixed_shapes_are_the_mean_over_single_pictures(mixed, ba
     expected = torch.cat([p.grad.flatten() for p in run.parameters])
     torch.testing.assert_close(losses, torch.cat(singles).detach(), rtol=1e-4, atol=1e-6)  # in the draw's order
     assert (gradient - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 0
-
-
-def test_holdout_losses_over_mixed_shapes_are_the_same_whatever_the_batch(mixed, base):
-    unet, alphas = models.load_unet(base, torch.float32, CPU), models.load_alphas_cumprod(base)
-    one, all_ = (step.holdout_losses(unet, mixed[1], alphas, CPU, batch=size, draws=2) for size in (1, 6))
-    torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-5)

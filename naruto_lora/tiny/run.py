@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from .. import recipe, report
+from .. import files, recipe
+from ..progress import duration
+from ..show import report
 from . import BASE, HIGH, LOW, world
 
 NOTEBOOKS = ("01_setup", "02_train_256", "03_train_1024", "04_infer", "05_compare")
@@ -22,7 +24,7 @@ def parameters(out: Path, pictures: int, prompts: int, low: Path = LOW, high: Pa
     `pictures` in the data set, `prompts` to judge by.
     """
     data = world.write_dataset(out / "data", count=pictures)
-    judged = report.write_json(out / "prompts.json", {"prompts": world.prompts(prompts, seed=1)})
+    judged = files.write_json(out / "prompts.json", {"prompts": world.prompts(prompts, seed=1)})
     common = {"base": str(BASE), "vae": "", "dataset": str(data), "runs": str(out), "interactive": False}
     look = {"resolution": recipe.load(high).resolution, "inference_steps": 16, "guidance_scale": 2.0, "batch": 16}
     names = {"adapter_256": recipe.load(low).name, "adapter_1024": recipe.load(high).name}
@@ -55,7 +57,7 @@ def execute(root: Path, out: Path, plan: dict[str, dict]) -> None:
             )
         except papermill.PapermillExecutionError as error:
             raise RuntimeError(f"{error.ename}: {error.evalue} (in {target})") from None
-        print(report.duration(time.time() - begun), flush=True)
+        print(duration(time.time() - begun), flush=True)
 
 
 def keep_executed(root: Path, out: Path) -> None:
@@ -74,10 +76,10 @@ def keep_executed(root: Path, out: Path) -> None:
 
 def summary(out: Path, minutes: float) -> dict:
     """Writes and returns `out`/summary.json: minutes, and for base, low and high what 05_compare measured."""
-    models = report.read_json(out / "compare.json")["models"]
+    models = files.read_json(out / "compare.json")["models"]
     names = dict(zip(models, ("base", "low", "high"), strict=True))
     content = {"minutes": round(minutes, 2)} | {names[name]: figures for name, figures in models.items()}
-    report.write_json(out / "summary.json", content)
+    files.write_json(out / "summary.json", content)
     return content
 
 

@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from naruto_lora import lean, lora, memory, step
+from naruto_lora import lora, step
+from naruto_lora.memory import lean
+from naruto_lora.memory.fallback import Rung
 
 NAMES = {torch.float16: "c10::Half", torch.float32: "float", torch.int64: "long int", torch.bool: "bool"}
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view")
@@ -74,7 +76,7 @@ def attention(query, key, value, *_, **__):
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, query.requires_grad)[0]
 
 
-def micro_step(rung: memory.Rung, batch: int, side: int) -> list[t4.Op]:
+def micro_step(rung: Rung, batch: int, side: int) -> list[t4.Op]:
     """Forward and backward of the U-Net with LoRA of rank 16, inputs already encoded."""
     with torch.device("meta"):
         unet = sdxl.unet().eval().requires_grad_(False)
@@ -126,15 +128,15 @@ def main() -> None:
     torch.nn.functional.scaled_dot_product_attention = attention
     for recipe in options.recipes:
         batch, side = SHAPES[recipe]
-        plain = memory.Rung(batch, lean=False)
+        plain = Rung(batch, lean=False)
         headings = "".join(f"{heading:>8}" for heading in ("TFLOP", "GB", "ops", "T4 ms", "a pict."))
         print(f"{recipe:46}{headings}  linear / conv / attention / other")
-        once = micro_step(memory.Rung(batch, lean=False, recompute=1), batch, side)
+        once = micro_step(Rung(batch, lean=False, recompute=1), batch, side)
         report("stock script (text encoders left out)", once + encoding(batch, side, torch.float32), batch)
         report("the same, VAE in fp16", once + encoding(batch, side, torch.float16), batch)
         report("encoded once", once, batch)
         report("nothing recomputed", micro_step(plain, batch, side), batch)
-        report("lean step", micro_step(memory.Rung(batch), batch, side), batch)
+        report("lean step", micro_step(Rung(batch), batch, side), batch)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ import sdxl
 import torch
 from PIL import Image, ImageFilter
 
-from naruto_lora import cache, data, memory, models, recipe, train
+from naruto_lora import cache, data, models, recipe, train
+from naruto_lora.memory import gpu
 from naruto_lora.tiny import BASE, world
 
 SIDE = 1024
@@ -62,7 +63,7 @@ def written(args) -> recipe.Recipe:
         sdxl.write(base, BASE)
     else:
         sdxl.write_vae(base)
-    memory.free()
+    gpu.free()
     return recipe.load("naruto-1024", base=str(base), vae=str(base / "vae"))
 
 
@@ -111,11 +112,11 @@ def encoding(examples, plan) -> dict:
             torch.backends.cudnn.benchmark = benchmark
             for batch in (1, 4):
                 name = f"{str(layout)[6:]}, cudnn.benchmark {benchmark}, batch {batch}"
-                memory.reset_peak()
-                figures[name] = [round(timed(vae, crops, batch, 32), 1), round(memory.peak_gib(), 2)]
+                gpu.reset_peak()
+                figures[name] = [round(timed(vae, crops, batch, 32), 1), round(gpu.peak_gib(), 2)]
     torch.backends.cudnn.benchmark = False
     del vae
-    memory.free()
+    gpu.free()
     return figures
 
 
@@ -140,12 +141,12 @@ def together(examples, plan, folder: Path) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     missing = {str(k).zfill(32): example for k, example in enumerate(examples)}
     folder.mkdir(parents=True)
-    memory.reset_peak()
+    gpu.reset_peak()
     begun = time.perf_counter()
     encoded = cache._pictures(missing, plan)
     cache._fill(folder, missing, encoded, "pictures", cache._Mirror(None, None), None)
     seconds = time.perf_counter() - begun
-    return {"seconds for both": seconds, "both a second": len(examples) / seconds, "peak GiB": memory.peak_gib()}
+    return {"seconds for both": seconds, "both a second": len(examples) / seconds, "peak GiB": gpu.peak_gib()}
 
 
 def start(plan, folder: Path) -> dict:

@@ -21,14 +21,14 @@ def main() -> None:
     args = parser.parse_args()
     data = world.write_dataset(args.out / "data")
     plan = recipe.load(args.recipe, base=str(BASE), dataset=str(data))
-    run, said = train.begin(plan, args.out / plan.name), {}
+    said = {}
 
     def show(phase, done, total, **figures):
         if phase == "training" and done == AFTER:
             said.update(left=figures["left"], at=time.time())
 
     show.note = print
-    run.to_the_end(show)
+    train.begin(plan, args.out / plan.name, show=show).to_the_end()
     took = time.time() - said["at"]
     figures = {"said": said["left"], "took": took, "said / took": said["left"] / took}
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))

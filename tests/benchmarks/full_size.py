@@ -14,8 +14,9 @@ from pathlib import Path
 import sdxl
 import torch
 
-from naruto_lora import memory, pipeline, recipe, train
-from naruto_lora.report import Progress
+from naruto_lora import pipeline, recipe, train
+from naruto_lora.memory import gpu
+from naruto_lora.progress import Progress
 from naruto_lora.tiny import BASE, world
 
 STEPS = 10
@@ -30,13 +31,13 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.time()
     base = sdxl.write(args.out / "base", args.tokenizers)
-    memory.free()
+    gpu.free()
     data = world.write_dataset(args.out / "data", count=120, size=256)
     print(f"random base and data written in {time.time() - begun:.0f} s", flush=True)
     figures = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "cap_gib": args.cap}
     if args.cap:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.cap * memory.GIB / total)
+        torch.cuda.set_per_process_memory_fraction(args.cap * gpu.GIB / total)
     for name in args.recipes:
         plan = recipe.load(name, base=str(base), vae=str(base / "vae"), dataset=str(data))
         figures[name] = measure(plan.replace(legs=(recipe.Leg(STEPS, 1e-4),)), args.out)
@@ -50,17 +51,17 @@ def measure(plan: recipe.Recipe, out: Path) -> dict:
     begun = time.time()
     run = train.begin(plan, folder, show=Progress())
     ready = time.time() - begun
-    run.to_the_end(Progress())
+    run.to_the_end()
     record = run.finish()
     del run
-    memory.free()
+    gpu.free()
     longer = plan.replace(legs=(*plan.legs, recipe.Leg(STEPS + 2, 1e-4)))
     run = train.begin(longer, folder, show=Progress())
     resumed_at = run.step
     run.to_the_end()
     step_seconds, repeated = repeat(run)
     del run
-    memory.free()
+    gpu.free()
     return {
         "seconds_until_first_step": round(ready, 1),
         "seconds_a_step": round(record["seconds"] / STEPS, 2),
@@ -85,16 +86,16 @@ def repeat(run: train.Run) -> tuple[float, list[float]]:
 
 def draw(plan: recipe.Recipe, folder: Path) -> dict:
     """One picture with the saved adapter, ten steps."""
-    memory.reset_peak()
+    gpu.reset_peak()
     begun = time.time()
     pipe = pipeline.load(plan.base, plan.vae, {"style": folder})
     loaded = time.time() - begun
     begun = time.time()
     picture = pipeline.draw(pipe, ["a woman with red hair"], 0, "style", steps=10, resolution=plan.resolution)[0]
     picture.save(folder / "drawn.png")
-    drawn, peak = time.time() - begun, memory.peak_gib()
+    drawn, peak = time.time() - begun, gpu.peak_gib()
     del pipe
-    memory.free()
+    gpu.free()
     return {
         "seconds_to_load_pipeline": round(loaded, 1),
         "seconds_to_draw_10_steps": round(drawn, 1),

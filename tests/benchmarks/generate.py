@@ -23,7 +23,9 @@ import numpy as np
 import sdxl
 import torch
 
-from naruto_lora import lora, memory, metrics, models, pipeline
+from naruto_lora import lora, models, pipeline
+from naruto_lora.measure import metrics
+from naruto_lora.memory import gpu
 from naruto_lora.tiny import BASE, world
 
 SEEDS, STEPS, SIDE = [0, 1], 30, 1024
@@ -51,7 +53,7 @@ def main() -> None:
     look = dict(steps=args.steps, resolution=args.side)
     if args.cap:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.cap * memory.GIB / total)
+        torch.cuda.set_per_process_memory_fraction(args.cap * gpu.GIB / total)
         return keep(args.out / "capped.json", {"cap GiB": args.cap} | three_models(base, style, look))
     texts = [person["text"] for person in world.prompts(8, seed=2)]
     prompts, seeds = pipeline.cross(texts, SEEDS)
@@ -96,7 +98,7 @@ def written(args) -> tuple[str, Path]:
     style.mkdir(parents=True, exist_ok=True)
     lora.save(unet, style)
     del unet
-    memory.free()
+    gpu.free()
     return str(base), style
 
 
@@ -132,7 +134,7 @@ def plain_loop(base: str, style: Path, prompts, seeds, look: dict) -> dict:
         result[name] = (time.perf_counter() - begun) / len(prompts), pictures
     del pipe
     gc.collect()
-    memory.free()
+    gpu.free()
     return result
 
 
@@ -141,15 +143,15 @@ def grid(base: str, style: Path, prompts, seeds, look: dict) -> tuple[dict, dict
     pipe = pipeline.load(base)
     pipeline.draw(pipe, prompts[:2], 0, **look | {"steps": 2}, batch=2)  # warm
     pipe.known_prompts.clear()
-    memory.reset_peak()
+    gpu.reset_peak()
     begun = time.perf_counter()
     pipeline.add_adapter(pipe, "style", style)
     drawn = {name: pipeline.draw(pipe, prompts, seeds, name, **look) for name in ("base", "style")}
     seconds = time.perf_counter() - begun
     figures = {"ours, seconds for all": seconds, "ours, batch": pipeline.together(pipe, look["resolution"])}
-    figures["ours, peak GiB"] = memory.peak_gib() or 0.0
+    figures["ours, peak GiB"] = gpu.peak_gib() or 0.0
     del pipe
-    memory.free()
+    gpu.free()
     return figures, drawn
 
 
@@ -160,11 +162,11 @@ def others(base: str, style: Path, prompts, seeds, look: dict, exact: list, loop
 
     def measure(name: str, **options) -> None:
         pipeline.draw(pipe, prompts, seeds, "style", **look | {"steps": 2} | options)  # warm
-        memory.reset_peak()
+        gpu.reset_peak()
         begun = time.perf_counter()
         drawn = pipeline.draw(pipe, prompts, seeds, "style", **look | options)
         seconds = time.perf_counter() - begun
-        result[name] = {"seconds": seconds, "peak GiB": memory.peak_gib() or 0.0} | apart(drawn, exact)
+        result[name] = {"seconds": seconds, "peak GiB": gpu.peak_gib() or 0.0} | apart(drawn, exact)
 
     measure("exact, again")
     begun = time.perf_counter()
@@ -185,17 +187,17 @@ def others(base: str, style: Path, prompts, seeds, look: dict, exact: list, loop
 def three_models(base: str, style: Path, look: dict) -> dict:
     """Base and two adapters, 4 prompts x 2 seeds: seconds, memory, and how many are drawn at once."""
     prompts, seeds = pipeline.cross([person["text"] for person in world.prompts(4, seed=2)], SEEDS)
-    memory.reset_peak()
+    gpu.reset_peak()
     begun = time.perf_counter()
     pipe = pipeline.load(base, adapters={"low": style, "high": style})
     loaded = time.perf_counter() - begun
     batch = pipeline.together(pipe, look["resolution"])
     for name in ("base", "low", "high"):
         pipeline.draw(pipe, prompts, seeds, name, **look)
-    reserved = torch.cuda.max_memory_reserved() / memory.GIB
+    reserved = torch.cuda.max_memory_reserved() / gpu.GIB
     return {"seconds to load": loaded, "seconds to draw 24": time.perf_counter() - begun - loaded, "batch": batch,
             "batch in the end": pipeline.together(pipe, look["resolution"]),
-            "peak GiB": memory.peak_gib(), "reserved GiB": reserved}
+            "peak GiB": gpu.peak_gib(), "reserved GiB": reserved}
 
 
 def apart(one: list, two: list) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 import t4
 import torch
 
-from naruto_lora import memory
+from naruto_lora.memory import gpu
 
 T4_LIKE, OWN = "T4-like", "own"
 
@@ -33,7 +33,7 @@ def peaks() -> dict[str, float | None]:
     """GiB since `memory.reset_peak`, by PyTorch's allocator: in tensors, and taken from the card."""
     if not torch.cuda.is_available():
         return {"allocated_gib": None, "reserved_gib": None}
-    return {"allocated_gib": memory.peak_gib(), "reserved_gib": torch.cuda.max_memory_reserved() / memory.GIB}
+    return {"allocated_gib": gpu.peak_gib(), "reserved_gib": torch.cuda.max_memory_reserved() / gpu.GIB}
 
 
 @contextlib.contextmanager

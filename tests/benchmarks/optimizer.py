@@ -14,7 +14,7 @@ import sdxl
 import torch
 from bitsandbytes.optim import AdamW8bit
 
-from naruto_lora import adam, predict
+from naruto_lora.memory import adam, predict
 
 
 def main() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from naruto_lora import memory, recipe, train
+from naruto_lora import recipe, train
+from naruto_lora.memory import gpu
 from naruto_lora.tiny import BASE, world
 
 
@@ -25,9 +26,9 @@ class Taker:
     def __call__(self, phase, done, total, **_):
         if phase == "training" and done == self.at and self.held is None:
             self.run.engine.release()
-            memory.free()
+            gpu.free()
             free = self.cap - torch.cuda.memory_allocated()
-            self.held = torch.empty(int(free - self.left * memory.GIB), dtype=torch.uint8, device="cuda")
+            self.held = torch.empty(int(free - self.left * gpu.GIB), dtype=torch.uint8, device="cuda")
 
     def note(self, text):
         self.told.append(text)
@@ -46,9 +47,9 @@ def main() -> None:
         import sdxl
 
         args.base = sdxl.write(args.out / "base", BASE)
-        memory.free()
+        gpu.free()
     torch.cuda.set_per_process_memory_fraction(
-        args.cap * memory.GIB / torch.cuda.get_device_properties(0).total_memory
+        args.cap * gpu.GIB / torch.cuda.get_device_properties(0).total_memory
     )
     data = world.write_dataset(args.out / "data", count=40, size=256)
     plan = recipe.load(
@@ -62,20 +63,20 @@ def main() -> None:
 
 
 def once(args, plan, disturbed: bool) -> dict:
-    taker = Taker(args.steps // 2 if disturbed else -1, args.left, args.cap * memory.GIB)
+    taker = Taker(args.steps // 2 if disturbed else -1, args.left, args.cap * gpu.GIB)
     run = taker.run = train.begin(plan, args.out / str(disturbed), args.out / "cache", show=taker)
-    before = run.rungs[0]
-    run.to_the_end(taker)
+    before = run.fallback.rungs[0]
+    run.to_the_end()
     figures = {
         "rung before": str(before),
-        "rung after": str(run.rungs[0]),
+        "rung after": str(run.fallback.rungs[0]),
         "steps": run.step,
         "losses": [round(loss, 5) for loss in run.record["losses"]],
         "told": taker.told,
     }
     taker.run = taker.held = run.engine = None
     del run
-    memory.free()
+    gpu.free()
     return figures
 
 

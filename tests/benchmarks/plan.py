@@ -21,8 +21,10 @@ from pathlib import Path
 import sdxl
 import torch
 
-from naruto_lora import lean, lora, memory, models, plan, recipe, speed, step, train
-from naruto_lora.memory import CONTEXT, GIB, Card, Rung
+from naruto_lora import lora, models, recipe, step, train
+from naruto_lora.memory import gpu, plan, speed
+from naruto_lora.memory.fallback import Rung, make_engine
+from naruto_lora.memory.gpu import CONTEXT, GIB, Card
 
 CAPS = (14.56, 8.0, 6.0)
 LARGER = {"naruto-1024": (4, 8), "naruto-256": (48, 96)}
@@ -129,7 +131,7 @@ def finish(row: dict, process: subprocess.Popen) -> None:
 def measure(base: Path, name: str, cap: float | None, settings: dict) -> dict:
     """The rung's peaks in GiB, in this process."""
     of, rung, device = recipe.load(name, base=str(base), vae=""), Rung(**settings), torch.device("cuda")
-    memory.expandable()
+    gpu.expandable()
     if cap:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * GIB / total)
@@ -137,8 +139,8 @@ def measure(base: Path, name: str, cap: float | None, settings: dict) -> dict:
         getattr(torch.backends.cuda, f"enable_{backend}_sdp")(False)
     unet = models.load_unet(of.base, torch.float16, device)
     parameters = lora.inject(unet, of.rank, of.alpha)
-    optimizer, engine = train.make_optimizer(parameters, device), lean.make_engine(unet, parameters, rung)
-    memory.free()
+    optimizer, engine = train.make_optimizer(parameters, device), make_engine(unet, parameters, rung)
+    gpu.free()
     loaded = torch.cuda.max_memory_reserved() / GIB
     inputs = speed.random_inputs(unet, rung.batch, of.resolution // 8, device)
     inputs["alphas_cumprod"] = torch.linspace(0.999, 0.005, 1000, device=device)

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from naruto_lora import lora, memory, models, recipe, step, train
-from naruto_lora.report import Progress
+from naruto_lora import lora, models, recipe, step, train
+from naruto_lora.memory import gpu
+from naruto_lora.progress import Progress
 from naruto_lora.tiny import BASE, world
 
 RUNS = ("unbroken", "killed", "unbroken-deterministic", "killed-deterministic")
@@ -44,7 +45,7 @@ def main() -> None:
         import sdxl
 
         args.base = sdxl.write(args.out / "base", BASE)
-        memory.free()
+        gpu.free()
     world.write_dataset(args.out / "data", count=40, size=512)
     begin(args, "encode").wait()
     runs = {name: threading.Thread(target=until_done, args=(args, name)) for name in RUNS}
@@ -93,7 +94,7 @@ def work(args) -> None:
     """One process of a run: trains, writing a line a step, and at the end its figures."""
     if args.cap:
         total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(args.cap * memory.GIB / total)
+        torch.cuda.set_per_process_memory_fraction(args.cap * gpu.GIB / total)
     if args.worker.endswith("deterministic"):
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
@@ -103,7 +104,7 @@ def work(args) -> None:
     figures = {"seconds_until_first_step": round(time.time() - begun, 1), "loading": host(peaks)}
     if args.worker != "encode":
         log_steps(run, args.out / f"{args.worker}.jsonl")
-        run.to_the_end(Progress(10))
+        run.to_the_end()
         record = run.finish()
         figures |= {
             "seconds_a_step": run.forecast.update(),

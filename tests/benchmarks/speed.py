@@ -41,7 +41,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from measure import OWN, T4_LIKE
 
-from naruto_lora import cache, data, lora, memory, models, recipe, report, step, train
+from naruto_lora import cache, data, files, lora, models, recipe, step, train
+from naruto_lora.memory import gpu
+from naruto_lora.memory.fallback import Rung
 from naruto_lora.tiny import BASE, world
 
 PICTURES = 96  # one update of naruto-256: the script cuts an accumulation short where an epoch ends
@@ -53,7 +55,7 @@ FIRST = "first.safetensors"  # what the script's first micro-step saw
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A row of the ladder: ours with these fields of `memory.Rung`, attention as `mode` says."""
+    """A row of the ladder: ours with these fields of `memory.fallback.Rung`, attention as `mode` says."""
 
     name: str
     mode: str
@@ -96,7 +98,7 @@ def recipe_of(options, name: str, **changes) -> recipe.Recipe:
 def begin(options, plan: recipe.Recipe, rung: dict, batch: int) -> train.Run:
     """A run in an empty folder, on the rung with these fields."""
     folder = options.out / "runs" / f"{os.getpid()}-{time.time():.3f}"
-    return train.begin(plan, folder, options.out / "cache", rungs=[memory.Rung(batch, **rung)])
+    return train.begin(plan, folder, options.out / "cache", rungs=[Rung(batch, **rung)])
 
 
 def prepare(options) -> None:
@@ -105,7 +107,7 @@ def prepare(options) -> None:
         import sdxl
 
         sdxl.write(options.base, BASE)
-        memory.free()
+        gpu.free()
     world.write_dataset(options.out / "data", count=PICTURES, size=512)
 
 
@@ -120,7 +122,7 @@ def keep(options, name: str, variant: str, mode: str, figures: dict) -> None:
     file = result_file(options, name, variant, mode)
     row = {"recipe": name, "variant": variant, "attention": mode, "commit": options.commit}
     row |= measure.machine() | figures
-    report.write_json(file.with_suffix(".part"), row).rename(file)
+    files.write_json(file.with_suffix(".part"), row).rename(file)
     print(f"{name}: {variant}, attention {mode}: " + json.dumps(
         {key: row[key] for key in SHOWN if key in row}), flush=True)
 
@@ -143,10 +145,10 @@ def stock(options, name: str, vae: str | None = None) -> None:
         figures = {mode: {} for mode in (T4_LIKE, OWN)}
         for mode, row in figures.items():
             measure.attention(mode)
-            memory.free()
+            gpu.free()
             for _ in range(plan.accumulation):  # an update to warm up
                 yield
-            memory.reset_peak()
+            gpu.reset_peak()
             begun = measure.now()
             for _ in range(plan.accumulation):
                 yield
@@ -207,7 +209,7 @@ def ours(options, name: str) -> None:
             keep(options, name, variant.name, variant.mode, measured(options, plan, variant, first))
         except Exception as error:  # the other rows are worth having
             print(f"{name}: {variant.name}, attention {variant.mode}: {type(error).__name__}: {error}", flush=True)
-        memory.free()
+        gpu.free()
 
 
 def wanted(options, row: str) -> bool:
@@ -227,7 +229,7 @@ def measured(options, plan: recipe.Recipe, variant: Variant, first) -> dict:
         run._accumulate(piece)
     run.update()
     figures["ready_s"] = measure.now() - begun
-    memory.reset_peak()
+    gpu.reset_peak()
     begun = measure.now()
     run.update()
     figures |= times(plan, measure.now() - begun) | measure.peaks()
@@ -275,7 +277,7 @@ def exact(options, name: str) -> None:
         except Exception as error:
             print(f"{name}: gradients of {row}: {type(error).__name__}: {error}", flush=True)
         del run
-        memory.free()
+        gpu.free()
     device = models.device_for(plan.precision)
     unet = models.load_unet(plan.base, torch.float32, device)
     trained = lora.inject(unet, plan.rank, plan.alpha, plan.seed)
@@ -284,7 +286,7 @@ def exact(options, name: str) -> None:
         (step.diffusion_loss(unet, **each).sum() / plan.pictures_per_step).backward()
     reference = torch.cat([p.grad.flatten() for p in trained])
     figures = {"grad_errors": {row: ((g - reference).norm() / reference.norm()).item() for row, g in found.items()}}
-    report.write_json(options.out / "results" / f"{name}.exact.json", figures)
+    files.write_json(options.out / "results" / f"{name}.exact.json", figures)
     print(name, json.dumps(figures), flush=True)
 
 
@@ -342,7 +344,7 @@ def thirty(options) -> None:
             if worker.wait():
                 log = (options.out / f"updates-{name}-{row}.log").read_text(errors="replace")
                 print(f"{name}: '{row}' failed: {log[-1000:]}", flush=True)
-        losses = {row: report.read_json(folder / f"{row}.json") for row in UPDATES if (folder / f"{row}.json").exists()}
+        losses = {row: files.read_json(folder / f"{row}.json") for row in UPDATES if (folder / f"{row}.json").exists()}
         if "plain" not in losses:
             continue
         figures = {"updates": options.steps, "mean_loss": statistics.fmean(losses["plain"])}
@@ -350,7 +352,7 @@ def thirty(options) -> None:
             f"{one} / {two}": apart(losses[one], losses[two]) for one, two in itertools.combinations(losses, 2)
         }
         figures |= {"commit": options.commit} | measure.machine()
-        report.write_json(options.out / "results" / f"{name}.thirty.json", figures)
+        files.write_json(options.out / "results" / f"{name}.thirty.json", figures)
         print(name, json.dumps(figures), flush=True)
 
 
@@ -378,7 +380,7 @@ def updates(options, name: str) -> None:
     for _ in range(options.steps):
         losses.append(run.update()[0])
         run.step += 1
-    report.write_json(options.out / "thirty" / name / f"{options.row}.json", losses)
+    files.write_json(options.out / "thirty" / name / f"{options.row}.json", losses)
 
 
 def table(options) -> None:
@@ -390,8 +392,8 @@ def table(options) -> None:
             order += [(STOCK, mode), (FIXED, mode)] + [(each.name, mode) for each in OURS if each.mode == mode]
         files = [result_file(options, name, *which) for which in order]
         exact_file = options.out / "results" / f"{name}.exact.json"
-        known = report.read_json(exact_file) if exact_file.exists() else {}
-        for row in (report.read_json(file) for file in files if file.exists()):
+        known = files.read_json(exact_file) if exact_file.exists() else {}
+        for row in (files.read_json(file) for file in files if file.exists()):
             row["grad_error"] = known.get("grad_errors", {}).get(row["variant"])
             rows.append(row)
     with open(options.out / "speed.csv", "w", newline="", encoding="utf-8") as file:

@@ -30,7 +30,8 @@ import numpy as np
 import script
 import torch
 
-from naruto_lora import cache, data, metrics, pipeline, recipe, report, step, train
+from naruto_lora import cache, data, files, pipeline, recipe, step, train
+from naruto_lora.measure import metrics
 from naruto_lora.tiny import BASE, world
 
 ROOT = Path(train.__file__).parents[1]
@@ -195,7 +196,7 @@ def timed(options, variant: str, seed: int) -> None:
         file = folder / "recipe.json"
         folder.mkdir(parents=True)
         file.write_text(plan.to_json())
-        command = [sys.executable, "-m", "naruto_lora.train", str(file), "--out", str(folder / "whole")]
+        command = [sys.executable, "-m", "naruto_lora", "train", str(file), "--out", str(folder / "whole")]
         subprocess.run(command, env=environment(), check=True, stdout=subprocess.DEVNULL)
         whole = time.time() - begun
 
@@ -219,7 +220,7 @@ def result_file(options, what: str, number: int) -> Path:
 
 def keep(file: Path, content: dict) -> None:
     """Whole or not at all."""
-    report.write_json(file.with_suffix(".part"), content).rename(file)
+    files.write_json(file.with_suffix(".part"), content).rename(file)
 
 
 def work(options, tasks: list[tuple], jobs: int) -> None:
@@ -262,7 +263,7 @@ def summary(options) -> list[dict]:
     """A row a variant: means over its seeds; hold-out losses against ours of the same seeds, picture by picture."""
     runs: dict[str, list] = {}
     for variant, seed in wanted(options):
-        runs.setdefault(variant, []).append(report.read_json(result_file(options, variant, seed)))
+        runs.setdefault(variant, []).append(files.read_json(result_file(options, variant, seed)))
     best, rows = {}, []
     for variant, found in runs.items():
         losses, ours = (np.mean([run["holdout_losses"] for run in part], axis=0)  # (N,)
@@ -284,7 +285,7 @@ def summary(options) -> list[dict]:
 
 def times(options, variant: str) -> dict:
     file = result_file(options, f"timed {variant}", options.timed_steps)
-    found = report.read_json(file) if file.exists() else {"step": None, "process": None}
+    found = files.read_json(file) if file.exists() else {"step": None, "process": None}
     return {"seconds_a_step": found["step"], "seconds_whole": found["process"]}
 
 
@@ -318,9 +319,9 @@ def write(options, rows: list[dict]) -> None:
     """stock.json, stock.csv and the printed table."""
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "peft", "transformers", "accelerate")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores"
-    settings = report.read_json(options.out / "settings.json") | {"timed_steps": options.timed_steps}
+    settings = files.read_json(options.out / "settings.json") | {"timed_steps": options.timed_steps}
     content = {"settings": settings, "device": device, "versions": versions, "rows": rows}
-    report.write_json(options.out / "stock.json", content)
+    files.write_json(options.out / "stock.json", content)
     with open(options.out / "stock.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -334,9 +335,9 @@ def prepare(options) -> None:
     settings = {name: getattr(options, name) for name in ("steps", "pictures", "prompts")}
     settings |= {"stock_sha256": hashlib.sha256(source.encode()).hexdigest()}
     file = options.out / "settings.json"
-    if file.exists() and report.read_json(file) != settings:
+    if file.exists() and files.read_json(file) != settings:
         sys.exit(f"'{options.out}' holds results of other settings ({file}); take those, or another folder")
-    report.write_json(file, settings)
+    files.write_json(file, settings)
     runnable = re.sub(r"^check_min_version\(.*\n", "", source, flags=re.MULTILINE)  # it may ask for a later one
     (options.out / "stock_script.py").write_text(runnable, encoding="utf-8")
     world.write_dataset(options.out / "training", options.pictures, seed=0)

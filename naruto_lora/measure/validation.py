@@ -1,0 +1,130 @@
+"""Validation: the hold-out loss and the preview pictures of a model that is being trained."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+
+import torch
+
+from .. import files, models, pipeline, session, step
+from ..memory import gpu
+
+
+class Validation:
+    """Measures and previews a run's model; `record` is the run's, with "holdout" {step: losses} and "best_step".
+
+    `fallback` computes, `folder` (a `checkpoint.RunFolder`) keeps the previews, `show` is a `progress.Listener`.
+    """
+
+    def __init__(self, recipe, unet, trained, held, alphas_cumprod, fallback, folder, show):
+        self.recipe, self.unet, self.trained, self.held = recipe, unet, trained, held
+        self.alphas_cumprod, self.fallback, self.folder, self.show = alphas_cumprod, fallback, folder, show
+
+    def measure(self, done: int, record: dict) -> float | None:
+        """Adds the hold-out losses after `done` updates to `record`, marks the best step, draws the previews.
+
+        Returns the mean hold-out loss, None without a hold-out.
+        """
+        known = record["holdout"]
+        if len(self.held) and str(done) not in known:
+            known[str(done)] = self.fallback.run(self._losses, done + 1).tolist()
+        means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in known.items()}
+        record["best_step"] = min((k for k in means if k), key=means.get, default=None)
+        self.preview(done)
+        return means.get(done)
+
+    def _losses(self) -> torch.Tensor:
+        with self.fallback.engine.context():
+            batch, device = self.fallback.rung.batch, self.unet.device
+            return holdout_losses(self.unet, self.held, self.alphas_cumprod, device, batch, show=self.show)
+
+    def preview(self, done: int) -> None:
+        """Draws the first hold-out captions as the model is now, into the run's previews; a failure stops nothing."""
+        source = self.held if len(self.held) else self.trained
+        count = min(self.recipe.previews, len(source))
+        paths = [self.folder.out / "previews" / f"step-{done:06d}-{k}.jpg" for k in range(count)]
+        if all(path.exists() for path in paths):
+            return
+        self.fallback.engine.release()
+        gpu.free()
+        try:
+            with self.fallback.engine.context():
+                prompts = source.prompts_of(range(count), self.unet.device)
+                pictures = draw_previews(self.unet, self.recipe, prompts)
+            paths[0].parent.mkdir(exist_ok=True)
+            for path, picture in zip(paths, pictures, strict=True):
+                files.replace(path, functools.partial(_save_jpeg, picture))
+                self.folder.mirror_file(path)
+        except session.Interrupted:
+            raise
+        except Exception as error:  # whatever it is: hours of training are worth more
+            self.show.once(f"no previews ({type(error).__name__}: {str(error)[:100]}); the run continues")
+
+
+def _save_jpeg(picture, path) -> None:
+    picture.save(path, "JPEG", quality=90)
+
+
+@torch.no_grad()
+def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int = 4, show=None) -> torch.Tensor:
+    """Losses (N, draws) of each cached picture, unflipped, at fixed noise and stratified fixed timesteps, on the CPU.
+
+    Column k has its timesteps in [1000 k / draws, 1000 (k + 1) / draws). The draws depend on a picture's place
+    alone, so that two models can be compared picture by picture. Raises ValueError for an empty cache.
+    """
+    count = len(cache)
+    if count == 0:
+        raise ValueError("no picture was held out (the recipe's holdout is 0), so there is no hold-out loss to measure")
+    generators = [torch.Generator().manual_seed(place) for place in range(count)]
+    noise = [torch.randn(draws, *s, generator=g) for s, g in zip(cache.shapes, generators, strict=True)]
+    offset = torch.cat([torch.rand(1, generator=g) for g in generators])
+    losses = torch.empty(count, draws)
+    for k in range(draws):
+        timesteps = ((k + offset) / draws * 1000).long().clamp(max=999)
+        for places in step.of_one_shape(cache.shapes, batch):
+            drawn = torch.stack([noise[place][k] for place in places])
+            no = torch.zeros(len(places), dtype=torch.bool)
+            inputs = cache.batch(places, torch.zeros_like(drawn), dropped=no, flipped=no, device=device)
+            losses[places, k] = step.diffusion_loss(
+                unet, **inputs, timesteps=timesteps[places].to(device), noise=drawn.to(device),
+                alphas_cumprod=alphas_cumprod,
+            ).cpu()
+        if show:
+            show("hold-out", k + 1, draws)
+    return losses
+
+
+@torch.no_grad()
+def draw_previews(unet, recipe, prompts: dict[str, torch.Tensor], steps: int = 20, guidance_scale: float = 4.0) -> list:
+    """PIL pictures of encoded prompts (prompt_embeds (B, L, D), pooled (B, P)) by a U-Net that is being trained.
+
+    The VAE is loaded for it and freed again. Picture k has seed k, so that previews differ by the training alone.
+    """
+    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    vae = models.load_vae(recipe.base, recipe.vae, models.DTYPES[recipe.precision], unet.device)
+    scheduler = EulerDiscreteScheduler.from_pretrained(recipe.base, subfolder="scheduler")
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
+        tokenizer_2=None, add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    embeds, pooled = prompts["prompt_embeds"].to(unet.dtype), prompts["pooled"].to(unet.dtype)
+    pictures = []
+    for k in range(len(embeds)):
+        latents = pipe(
+            prompt_embeds=embeds[k : k + 1],
+            pooled_prompt_embeds=pooled[k : k + 1],
+            negative_prompt_embeds=torch.zeros_like(embeds[:1]),
+            negative_pooled_prompt_embeds=torch.zeros_like(pooled[:1]),
+            generator=torch.Generator().manual_seed(k),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            height=recipe.resolution,
+            width=recipe.resolution,
+            output_type="latent",
+        ).images
+        with torch.autocast(unet.device.type, enabled=False):  # a VAE that overflows in fp16 stays in fp32
+            pictures += pipeline.to_pictures(vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample)
+    return pictures

@@ -1,0 +1,68 @@
+"""A picture from its compressed bytes: upright, in RGB, cropped to the size that training wants."""
+
+from __future__ import annotations
+
+import io
+import math
+
+from PIL import ExifTags, Image, ImageOps
+
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+
+
+def size(content: bytes) -> tuple[int, int]:
+    """(height, width) in px of the picture upright, from its header. Raises what is UNREADABLE."""
+    with Image.open(io.BytesIO(content)) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+        return image.size if turned else image.size[::-1]
+
+
+def upright(content: bytes, mirrored: bool = False) -> Image.Image:
+    """The picture upright, in RGB, transparency on white. Raises what is UNREADABLE."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    image = ImageOps.mirror(image) if mirrored else image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def check(content: bytes) -> None:
+    """Decodes the picture to its last byte, a JPEG at a fraction of the cost. Raises what is UNREADABLE."""
+    with Image.open(io.BytesIO(content)) as image:
+        image.draft("RGB", (64, 64))
+        image.load()
+
+
+def crop(image: Image.Image, size: int | tuple[int, int]) -> tuple[Image.Image, tuple[int, ...]]:
+    """The picture resized so that it just covers `size`, (height, width) or a square's side in px; then a centre crop.
+
+    Returns the picture and SDXL's six size conditions: original height and width, crop top and left (px after
+    the resize), target height and width. Source: SDXL report, arXiv 2307.01952, section 2.2.
+    """
+    width, height = image.size
+    high, wide = (size, size) if isinstance(size, int) else size
+    scale = max(wide / width, high / height)
+    full_wide, full_high = max(wide, round(width * scale)), max(high, round(height * scale))
+    left, top = (full_wide - wide) // 2, (full_high - high) // 2
+    image = image.resize((full_wide, full_high), Image.LANCZOS, reducing_gap=3.0)
+    return image.crop((left, top, left + wide, top + high)), (height, width, top, left, high, wide)
+
+
+def buckets(resolution: int) -> list[tuple[int, int]]:
+    """Sizes (height, width) in px of about resolution**2 px each, from 1:4 to 4:1.
+
+    Sides are multiples of a sixteenth of `resolution` (64 px at 1024), and of 8 px, what a latent's pixel spans.
+    Source: multi-aspect training of the SDXL report, arXiv 2307.01952, section 2.3 and appendix I.
+    """
+    unit = max(8, resolution // 16 // 8 * 8)
+    first, last = math.ceil(resolution / 2 / unit), round(resolution / unit)
+    short = [unit * n for n in range(first, last + 1)]
+    sizes = [(side, unit * round(resolution**2 / side / unit)) for side in short]
+    return sorted({*sizes, *(size[::-1] for size in sizes)})
+
+
+def bucket(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    """The (height, width) of `buckets(resolution)` whose aspect ratio is nearest to that of `size` in its logarithm."""
+    height, width = size
+    return min(buckets(resolution), key=lambda b: abs(math.log(b[0] / b[1] * width / height)))

@@ -1,0 +1,11 @@
+"""Show: what a person looks at, without a widget.
+
+In the order to read it:
+
+- `compare`: pictures side by side, over time, under a slider
+- `report`: a run's curves and tables
+- `page`: a comparison as one HTML file
+- `model_card`: the README.md of a LoRA on the hub
+
+It imports what is below it: the ground floor, `memory` and `measure`. `widgets` and `colab` may import it.
+"""

@@ -1,0 +1,134 @@
+"""What the machine is, and where results go."""
+
+import importlib
+import os
+import shutil
+import sys
+import types
+
+import pytest
+
+from naruto_lora.colab import form, machine, share, storage
+
+
+@pytest.fixture
+def on_colab(monkeypatch):
+    """Colab's kernel, as far as it can be seen from Python; the list of folders that Drive was mounted at."""
+    mounted = []
+    package, drive = types.ModuleType("google.colab"), types.ModuleType("google.colab.drive")
+    drive.mount = mounted.append
+    package.drive, package.__path__ = drive, []
+    package.__spec__ = importlib.machinery.ModuleSpec("google.colab", None)
+    google = types.ModuleType("google")
+    google.colab, google.__path__ = package, []
+    for name, module in (("google", google), ("google.colab", package), ("google.colab.drive", drive)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release-colab-external_20260801")
+    return mounted
+
+
+def test_here_the_folder_is_made_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert not machine.on_colab()
+    assert storage.places("runs/mine") == ((tmp_path / "runs" / "mine").resolve(), None)
+    assert (tmp_path / "runs" / "mine").is_dir()
+
+
+def test_colabs_variable_alone_is_not_colab(monkeypatch):
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")  # as on Kaggle
+    monkeypatch.setattr(sys, "path", [])  # no google package at all
+    importlib.invalidate_caches()
+    assert not machine.on_colab()
+
+
+def test_on_colab_training_is_on_the_machines_own_disk_and_mirrored_on_drive(on_colab, tmp_path, monkeypatch):
+    assert machine.on_colab()
+    monkeypatch.chdir(tmp_path)
+    assert storage.places("runs", drive=False) == (tmp_path / "runs", None)
+    assert storage.places(str(tmp_path / "own")) == (tmp_path / "own", None)  # an absolute path is as it is
+    assert on_colab == []
+    monkeypatch.setattr(storage, "Path", _under(tmp_path))
+    here, mirror = storage.places("runs")
+    assert (here, mirror) == (tmp_path / "content/runs", tmp_path / "content/drive/MyDrive/naruto_lora/runs")
+    assert here.is_dir() and mirror.is_dir() and on_colab == ["/content/drive"]
+
+
+def _under(root):
+    """`Path`, with /content moved below `root`."""
+    from pathlib import Path
+
+    return lambda path: Path(str(path).replace("/content", f"{root}/content", 1))
+
+
+def test_the_machines_table(tmp_path):
+    rows = {row["what"]: row["here"] for row in machine.rows(tmp_path)}
+    assert rows["GPU"] == "none: CPU only" and rows["GPU memory"] == "-"
+    assert float(rows["host memory"].split()[0]) > 0.5 and int(rows["processors"]) >= 1
+    assert rows["Python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}.")
+    import torch
+
+    assert torch.__version__.split("+")[0] == rows["torch"].split("+")[0]
+    assert machine.installed("no-such-package") is None
+
+
+def test_drive_that_is_refused_costs_the_mirror_alone(on_colab, tmp_path, monkeypatch, capsys):
+    def refuse(_):
+        raise ValueError("mount failed")
+
+    sys.modules["google.colab.drive"].mount = refuse
+    monkeypatch.setattr(storage, "Path", _under(tmp_path))
+    assert storage.places("runs") == (tmp_path / "content/runs", None)
+    assert "Google Drive is not mounted (mount failed)" in capsys.readouterr().out
+
+
+FORM = 'recipe = "naruto-1024"  # @param {type:"string"}\nrank = 16  # @param {type:"integer"}'
+
+
+@pytest.mark.parametrize(
+    "cells, said",
+    [
+        (["", FORM, "# Parameters\nrank = 4\n"], None),
+        (["", FORM, "rnak = 4"], None),  # somebody's own cell
+        (["", "%pip list", FORM], None),
+        (["", "# Parameters\nrnak = 4\n"], None),  # no form to hold it against
+        (["", FORM, "# Parameters\nrnak = 4\n"], "no parameter 'rnak': did you mean 'rank'"),
+        (["", FORM, '# Parameters\nrank = 4\nzebra = "x"\n'], "no parameter 'zebra': there are rank, recipe"),
+    ],
+)
+def test_a_parameter_that_is_not_there_is_refused_with_the_nearest_name(cells, said):
+    if said is None:
+        return form.check_parameters(cells)
+    with pytest.raises(ValueError, match=said):
+        form.check_parameters(cells)
+
+
+def test_the_state_says_whether_a_run_goes_on(plan, trained, tmp_path):
+    assert storage.done(plan, tmp_path) == 0 and storage.done(plan, tmp_path, trained.folder.parent) == 6
+    assert "There is no run of few yet." in storage.state(plan, tmp_path)
+    assert "few was found trained to its end, step 6." in storage.state(plan, trained.folder.parent)
+    longer = plan.replace(legs=(*plan.legs, {"until": 9, "lr": 1e-3}))
+    said = storage.state(longer, tmp_path, trained.folder.parent)  # found in the mirror alone
+    assert "few was found at step 6 of 9: training goes on" in said and "copied to Google Drive as they come" in said
+
+
+def test_an_adapter_is_found_by_name_or_path_or_as_the_newest(trained, tmp_path):
+    runs, name = trained.folder.parent, trained.folder.name
+    assert storage.find_adapter(name, runs) == trained.folder
+    assert storage.find_adapter(name, tmp_path, runs) == trained.folder  # on Drive
+    assert storage.find_adapter(str(trained.adapter), tmp_path) == trained.adapter
+    assert storage.find_adapter("", runs) == trained.folder
+    older = tmp_path / "older"
+    shutil.copytree(trained.folder, older)
+    os.utime(older / trained.adapter.name, (1, 1))
+    assert storage.find_adapter("", tmp_path, runs) == trained.folder
+    for name in ("", "none"):
+        with pytest.raises(FileNotFoundError, match="run 02_train_256 or 03_train_1024 first"):
+            storage.find_adapter(name, tmp_path / "empty")
+
+
+def test_downloads_and_the_end_are_silent_where_nobody_is(tmp_path, capsys):
+    share.download(tmp_path / "a.safetensors", interactive=True)  # not on Colab
+    share.push(tmp_path, "")
+    machine.end(True)
+    assert f"a.safetensors is in the folder '{tmp_path.name}'" in capsys.readouterr().out

@@ -1,0 +1,38 @@
+"""What several tests use: a display that remembers, a stop at a step, files that must be equal."""
+
+from naruto_lora import lora
+
+
+def same_adapter(one, two):
+    return (one / lora.FILE).read_bytes() == (two / lora.FILE).read_bytes()
+
+
+class Stop(Exception):
+    """What a disconnection is here: raised from `show`."""
+
+
+def stop_after(steps):
+    def show(phase, done, total, **figures):
+        if phase == "training" and done == steps:
+            raise Stop
+
+    return show
+
+
+class Watcher:
+    """A display that remembers: what it was shown, and its notes. `act` is called with the step of each update."""
+
+    def __init__(self, act=lambda step: None):
+        self.seen, self.notes, self.act = [], [], act
+
+    def __call__(self, phase, done, total, **figures):
+        self.seen.append((phase, done, total, figures))
+        if phase == "training":
+            self.act(done)
+
+    def note(self, text):
+        self.notes.append(text)
+
+    @property
+    def steps(self):
+        return [done for phase, done, *_ in self.seen if phase == "training"]

@@ -1,0 +1,329 @@
+"""Whatever is wrong: one clear sentence that names the thing and the mend, before anything is trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from naruto_lora import data, models, pipeline, recipe, train
+
+
+def sentence(caught) -> str:
+    """The message, which must be one short line."""
+    text = str(caught.value)
+    assert "\n" not in text and 20 < len(text) < 280, text
+    return text
+
+
+class Folder:
+    """Two good pictures of noise with captions, then spoilt."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.mkdir()
+        for name in ("a", "b"):
+            pixels = np.random.default_rng(ord(name)).integers(0, 255, (40, 40, 3), np.uint8)
+            Image.fromarray(pixels).save(path / f"{name}.jpg")
+        self.write({"file_name": "a.jpg", "text": "one"}, {"file_name": "b.jpg", "text": "two"})
+
+    def write(self, *rows, raw=""):
+        (self.path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + raw)
+
+    def empty(self):
+        for file in self.path.iterdir():
+            file.unlink()
+
+    def truncate(self):
+        picture = self.path / "b.jpg"
+        picture.write_bytes(picture.read_bytes()[:-300])
+
+    def no_picture(self):
+        (self.path / "b.jpg").write_text("hello")
+
+    def no_line(self):
+        self.write({"file_name": "a.jpg", "text": "one"})
+
+    def no_text_file(self):
+        (self.path / "metadata.jsonl").unlink()
+        (self.path / "a.txt").write_text("one")
+
+    def blank(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, {"file_name": "b.jpg", "text": "  "})
+
+    def null(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, {"file_name": "b.jpg", "text": None})
+
+    def number(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, {"file_name": "b.jpg", "text": 5})
+
+    def other_encoding(self):
+        self.no_text_file()
+        (self.path / "b.txt").write_bytes("Gem\xe4lde".encode("cp1252"))
+
+    def absent(self):
+        (self.path / "b.jpg").unlink()
+
+    def broken(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, raw='{"file_name": "b.jpg", "te')
+
+    def other_names(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, {"image": "b.jpg", "caption": "two"})
+
+    def list_line(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, raw='["b.jpg", "two"]')
+
+
+@pytest.mark.parametrize(
+    "spoil, kind, named",
+    [
+        ("empty", ValueError, ("has no pictures", ".png, .jpg")),
+        ("truncate", ValueError, ("'b.jpg' can't be read", "truncated", "replace or remove")),
+        ("no_picture", ValueError, ("'b.jpg' can't be read", "replace or remove")),
+        ("no_line", ValueError, ("'b.jpg'", "has no caption", "add one in metadata.jsonl")),
+        ("no_text_file", ValueError, ("'b.jpg'", "has no caption", "'b.txt' beside it")),
+        ("blank", ValueError, ("caption of 'b.jpg' is empty", "remove it")),
+        ("null", ValueError, ("caption of 'b.jpg' is empty",)),
+        ("number", ValueError, ("caption of 'b.jpg' is not text but 5",)),
+        ("other_encoding", ValueError, ("b.txt' is not in UTF-8",)),
+        ("absent", ValueError, ("names 'b.jpg', which is not there", "drop the line")),
+        ("broken", ValueError, ("line 2 of", "metadata.jsonl", "'file_name' and 'text'")),
+        ("other_names", ValueError, ("line 2 of", "'file_name' and 'text'")),
+        ("list_line", ValueError, ("line 2 of", "'file_name' and 'text'")),
+    ],
+)
+def test_data(tmp_path, spoil, kind, named):
+    folder = Folder(tmp_path / "set")
+    assert len(data.load(folder.path)) == 2
+    getattr(folder, spoil)()
+    with pytest.raises(kind) as caught:
+        data.load(folder.path)
+    assert all(part in sentence(caught) for part in named), caught.value
+
+
+@pytest.mark.parametrize("dataset", ["no-such-folder", "/no/such/folder", "no/such/folder"])
+def test_a_missing_folder(dataset):
+    with pytest.raises(FileNotFoundError, match="does not exist; check the path") as caught:
+        data.load(dataset)
+    assert f"'{dataset}'" in sentence(caught)
+
+
+def test_no_data_set_at_all():
+    with pytest.raises(FileNotFoundError, match="no data set is named; give a folder") as caught:
+        data.load("")
+    assert sentence(caught)
+
+
+def test_a_data_set_that_the_hub_can_not_give():
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is neither a folder here nor") as caught:
+        data.load("nobody/nothing")
+    assert "check the name and the network" in sentence(caught)
+
+
+def test_parquet_without_captions(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"image": ["x"], "label": [1]}).to_parquet(tmp_path / "set" / "a.parquet")
+    with pytest.raises(ValueError, match="needs columns 'image' and 'text'; it has .*label") as caught:
+        data.load(tmp_path / "set")
+    sentence(caught)
+
+
+def test_a_picture_that_goes_while_we_work(tmp_path):
+    folder = Folder(tmp_path / "set")
+    examples = data.load(folder.path)
+    folder.absent()
+    with pytest.raises(FileNotFoundError, match="b.jpg' has gone") as caught:
+        examples[1].image()
+    sentence(caught)
+
+
+def test_too_few_left_to_train_on(tmp_path):
+    with pytest.raises(ValueError, match="0 of 2 pictures are left to train on, fewer than 3: add pictures") as caught:
+        data.split(data.load(Folder(tmp_path / "set").path), 0.05)
+    sentence(caught)
+
+
+LEGS = ({"until": 300, "lr": 1e-4},)
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"acumulation": 4}, "unknown recipe field 'acumulation': did you mean 'accumulation'?"),
+        ({"learning_rate": 1e-4}, "unknown recipe field 'learning_rate'"),
+        ({"legs": [{"until": 3, "rate": 1}]}, "unknown leg field 'rate'"),
+        ({"legs": [{"until": 3, "shedule": "cosine", "lr": 1}]}, "did you mean 'schedule'?"),
+        ({"legs": [{"until": 3}]}, "leg is incomplete: missing 1 required positional argument: 'lr'"),
+        ({"legs": []}, "has no legs"),
+        ({"legs": [*LEGS, {"until": 300, "lr": 1e-5}]}, "must end after step 300"),
+        ({"legs": [{"until": 3, "lr": 0}]}, "must be above 0"),
+        ({"legs": [{"until": 3, "lr": 1, "schedule": "linear"}]}, "'linear' is unknown: take constant or cosine"),
+        ({"resolution": 100}, "resolution 100 is not divisible by 8: take 96 or 104"),
+        ({"resolution": 0}, "resolution must be a whole number above 0"),
+        ({"batch": 1.5}, "batch must be a whole number above 0, not 1.5"),
+        ({"rank": -4}, "rank must be a whole number above 0"),
+        ({"alpha": 0}, "alpha must be above 0"),
+        ({"caption_dropout": 1}, "caption_dropout is a share"),
+        ({"holdout": -0.1}, "holdout is a share"),
+        ({"precision": "bf16"}, "precision must be fp16 or fp32"),
+        ({"legs": [{"until": "many", "lr": 1e-4}]}, "until must be a whole number"),
+        ({"legs": [{"until": 3, "lr": "fast"}]}, "lr must be a number"),
+        ({"legs": 300}, "legs must be a list"),
+        ({"legs": [300]}, "legs must be a list"),
+        ({"alpha": "much"}, "alpha must be a number"),
+        ({"holdout": "some"}, "holdout must be a number"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"name": "my/style"}, "name 'my/style' can't name a file"),
+        ({"name": "pytorch_lora_weights"}, "can't name a file"),
+        ({"flip": 1}, "flip must be true or false, not 1"),
+        ({"measure_every": 0}, "measure_every must be a whole number above 0"),
+        ({"previews": -1}, "previews must be a whole number from 0"),
+        ({"max_minutes": -5}, "max_minutes must be minutes from 0, not -5"),
+    ],
+)
+def test_recipe_fields(tmp_path, changes, named):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"name": "mine", "legs": LEGS} | changes))
+    with pytest.raises(ValueError) as caught:
+        recipe.load(file)
+    assert named in sentence(caught)
+
+
+def test_recipe_names_and_files(tmp_path):
+    (tmp_path / "broken.json").write_text('{"name": ')
+    (tmp_path / "broken.toml").write_text("name = ")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    (tmp_path / "short.json").write_text('{"name": "x"}')
+    for source, kind, named in (
+        ("naruto-512", ValueError, "no recipe is called 'naruto-512'; take one of naruto-1024, naruto-256"),
+        ("missing.json", FileNotFoundError, "'missing.json' does not exist"),
+        (tmp_path / "broken.json", ValueError, "can't be read"),
+        (tmp_path / "broken.toml", ValueError, "can't be read"),
+        (tmp_path / "list.json", ValueError, "must hold one object"),
+        (tmp_path / "short.json", ValueError, "the recipe is incomplete: missing 1 required"),
+    ):
+        with pytest.raises(kind) as caught:
+            recipe.load(source)
+        assert named in sentence(caught)
+    with pytest.raises(ValueError, match="did you mean 'resolution'"):
+        recipe.load("naruto-1024", resolutoin=512)
+
+
+class Base:
+    """A copy of the base's configs (no weights: a wrong base is refused before any is read)."""
+
+    def __init__(self, base: str, path: Path):
+        self.path = path
+        for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(base) / name, path / name)
+
+    def change(self, name: str, **values):
+        file = self.path / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    "name, values, named",
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline, not"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"}, "take an SDXL base model"),
+        ("unet/config.json", {"addition_embed_type": None}, "no size conditioning, so it is not SDXL Base"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "predicts 'v_prediction'"),
+    ],
+)
+def test_the_wrong_kind_of_base(base, tmp_path, name, values, named):
+    wrong = Base(base, tmp_path / "base")
+    models.check_base(str(wrong.path))
+    wrong.change(name, **values)
+    for refuse in (models.check_base, pipeline.load):
+        with pytest.raises(ValueError) as caught:
+            refuse(str(wrong.path))
+        assert named in sentence(caught)
+
+
+def test_a_base_that_is_not_there(base, tmp_path):
+    for source, kind, named in (
+        (str(tmp_path), ValueError, "is not a diffusers model: it has no model_index.json"),
+        ("nobody/nothing", FileNotFoundError, "'nobody/nothing' is neither a folder here nor to be had from the hub"),
+        ("/no/such/base", FileNotFoundError, "'/no/such/base' is neither a folder here nor"),
+    ):
+        with pytest.raises(kind) as caught:
+            models.check_base(source)
+        assert named in sentence(caught)
+    wrong = Base(base, tmp_path / "base")
+    shutil.rmtree(wrong.path / "unet")
+    with pytest.raises(ValueError, match="is not an SDXL model: it has no unet/config.json") as caught:
+        models.check_base(str(wrong.path))
+    sentence(caught)
+
+
+def test_fp16_without_a_gpu(plan, tmp_path):
+    for call in (lambda: train.begin(plan.replace(precision="fp16"), tmp_path), lambda: models.device_for("fp16")):
+        with pytest.raises(RuntimeError, match="needs a CUDA GPU, and none is here; on Colab choose") as caught:
+            call()
+        sentence(caught)
+
+
+def test_an_output_folder_that_can_not_be_written(plan, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(PermissionError, match=f"can't write to the output folder '{out}'") as caught:
+            train.begin(plan, out)
+        assert sentence(caught).endswith("choose another")
+
+
+def test_a_vae_that_is_none(plan, base, tmp_path):
+    for vae, kind, named in (
+        (str(tmp_path), ValueError, "is not a VAE: it has no config.json"),
+        ("nobody/nothing", FileNotFoundError, "'nobody/nothing' is neither a folder here nor"),
+    ):
+        with pytest.raises(kind, match=named) as caught:
+            train.begin(plan.replace(vae=vae), tmp_path / "run")
+        assert sentence(caught)
+
+
+def test_a_run_that_is_past_the_recipe(plan, trained):
+    shorter = plan.replace(legs=(recipe.Leg(4, 2e-2),))
+    with pytest.raises(ValueError, match="is at step 6, past the 4 of recipe 'few': use another folder") as caught:
+        train.begin(shorter, trained.folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_before_anything_is_made(plan, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        train.begin(plan.replace(dataset=str(tmp_path / "nowhere")), tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_adapters_and_samplers(pipe, trained, tmp_path):
+    (tmp_path / "broken.safetensors").write_text("hello")
+    other = tmp_path / "other.safetensors"
+    larger = {name: torch.ones(w.shape[0] + 2, w.shape[1] + 2) for name, w in load_file(trained.adapter).items()}
+    save_file(larger, other)
+    for call, kind, named in (
+        (lambda: pipeline.add_adapter(pipe, "new", tmp_path), FileNotFoundError, "no LoRA at"),
+        (lambda: pipeline.add_adapter(pipe, "new", tmp_path / "no.safetensors"), FileNotFoundError, "no LoRA at"),
+        (lambda: pipeline.add_adapter(pipe, "new", tmp_path / "broken.safetensors"), ValueError, "is broken or"),
+        (lambda: pipeline.add_adapter(pipe, "new", other), ValueError, "for another base; take one of this base"),
+        (lambda: pipeline.add_adapter(pipe, "base", trained.folder), ValueError, "'base' can't name an adapter"),
+        (lambda: pipeline.add_adapter(pipe, "my.lora", trained.folder), ValueError, "'my.lora' can't name an adapter"),
+        (lambda: pipeline.use_adapter(pipe, "stile"), ValueError, "called 'stile'; loaded are base, style"),
+        (lambda: pipeline.add_adapter(pipe, "style", other), ValueError, "called 'style' already; take another name"),
+        (lambda: pipeline.use_adapter(pipe, "style", 2), ValueError, "can't have weight 2; take one from 0 to 1.5"),
+        (lambda: pipeline.set_scheduler(pipe, "heun"), ValueError, "no scheduler is called 'heun'; take one of euler,"),
+        (lambda: pipeline.draw(pipe, ["x"], resolution=100), ValueError, "100 is not divisible by 8; take 96"),
+        (lambda: pipeline.draw(pipe, ["x"], [1, 2], resolution=32), ValueError,
+         "1 prompts need as many seeds, or one for all, not 2"),
+    ):
+        with pytest.raises(kind) as caught:
+            call()
+        assert named in sentence(caught)
+    assert set(pipe.unet.peft_config) == {"style"}

@@ -1,0 +1,103 @@
+"""A machine that is taken away at any moment: whatever was cut short, the LoRA at the end is the unbroken run's."""
+
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from naruto_lora import checkpoint, lora, train
+from naruto_lora.recipe import Leg
+
+# Dies by its own hand at the n-th event below whose place has `part` in it, or at a moment of the clock.
+DRIVER = """
+import os, random, signal, sys, threading
+from naruto_lora import cache, checkpoint, files, step, train
+from naruto_lora.measure import validation
+
+plan, out, cache_folder, mirror, part, seed = sys.argv[1:]
+rng, place, count = random.Random(int(seed)), [], [0]
+last, seconds = rng.randint(1, 4 if part == "encode" else 30), 3 * rng.random()
+cache.SHARD_ENTRIES = 8
+
+def die():
+    print("/".join(place) or "between", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def watched(module, name):
+    function = getattr(module, name)
+    def call(*arguments, **options):
+        place.append(name)
+        if part == "clock" and not count[0]:
+            threading.Timer(seconds, die).start()
+        count[0] += part == "clock" or part in "/".join(place)
+        if part != "clock" and count[0] == last:
+            die()
+        try:
+            return function(*arguments, **options)
+        finally:
+            place.pop()
+    setattr(module, name, call)
+
+for module, names in (
+    (os, ("fsync", "rename", "replace")),
+    (checkpoint, ("save", "save_file", "fetch", "rotate")),
+    (files, ("sha256", "flush", "copy_whole", "replace")),
+    (cache, ("encode", "encode_prompts", "encode_pictures")),
+    (step, ("diffusion_loss",)),
+    (validation, ("holdout_losses",)),
+):
+    for name in names:
+        watched(module, name)
+train.train(plan, out, cache_folder, mirror=mirror)
+os._exit(0)
+"""
+PARTS = ("encode", "encode", "save", "clock", "", "fetch")  # "": any event
+
+
+def killed_until_done(plan, folder, kills, seed):
+    """Runs `plan` in `folder` again and again, `kills` times cut short, then to its end; where it died."""
+    (folder / "drive").mkdir()
+    file = folder / "plan.json"
+    file.write_text(plan.to_json())
+    rng, died = random.Random(seed), []
+    command = [sys.executable, "-c", DRIVER, file, folder / "run", folder / "cache", folder / "drive" / "run"]
+    while len(died) < kills:
+        part = PARTS[len(died)] if len(died) < len(PARTS) else rng.choice(PARTS[2:5])
+        what = [part, str(rng.randint(0, 10**6))]
+        result = subprocess.run([*command, *what], capture_output=True, text=True, timeout=300)
+        if result.returncode == -signal.SIGKILL:
+            died.append(result.stdout.splitlines()[-1])
+        elif result.returncode:
+            pytest.fail(result.stderr)
+        else:
+            break  # done too early
+    train.train(plan, folder / "run", folder / "cache", mirror=folder / "drive" / "run")
+    return died
+
+
+def long_plan(plan, steps):
+    return plan.replace(legs=(Leg(steps // 2, 2e-2), Leg(steps, 1e-2, "cosine")), measure_every=5, previews=1)
+
+
+def same_files(one, two):
+    names = (lora.FILE, "few.safetensors")
+    return all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("kills, steps", [(3, 10), pytest.param(20, 40, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_as_if_unbroken(plan, tmp_path, kills, steps):
+    plan = long_plan(plan, steps)
+    unbroken = train.train(plan, tmp_path / "unbroken" / "run", tmp_path / "unbroken" / "cache")
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    died = killed_until_done(plan, folder, kills, seed=kills)
+    print(f"killed {len(died)} times: {', '.join(died)}")
+    assert len(died) == kills
+    for part in ("encode", "save"):
+        assert any(part in place.split("/") for place in died)
+    assert same_files(folder / "run", tmp_path / "unbroken" / "run")
+    assert same_files(folder / "drive" / "run", tmp_path / "unbroken" / "run")
+    state = checkpoint.read_state(checkpoint.newest([folder / "run"]))
+    assert state["record"]["losses"] == unbroken["losses"] and state["record"]["holdout"] == unbroken["holdout"]
