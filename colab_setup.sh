@@ -10,8 +10,8 @@ usage() {
     cat <<'TEXT'
 bash colab_setup.sh run [OPTIONS]   install, then execute the five notebooks on the embedded default
 bash colab_setup.sh test [OPTIONS]  install, then run the tests (options go to pytest)
-bash colab_setup.sh                 prepare a Colab machine (elsewhere: show this)
-The first two use the active virtual environment, or else make .venv beside this script.
+bash colab_setup.sh                 prepare a Colab machine (elsewhere: show this help)
+The first two use the active virtual environment, or else create .venv beside this script.
 TEXT
 }
 
@@ -26,12 +26,12 @@ new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/
 
 too_old() {
     local found
-    found=$("$1" --version 2>/dev/null) || found="not there"
-    fail "Python 3.11 or newer is needed, but $1 is $found: install a newer one" \
+    found=$("$1" --version 2>/dev/null) || found="missing"
+    fail "Python 3.11 or newer is needed, but $1 is $found: install a newer Python" \
         "(python.org or your system's packages), or activate an environment that has one."
 }
 
-find_python() { # each is tried: a name on the PATH may be a shim that doesn't start
+find_python() { # tries each name: one on the PATH may be a shim that doesn't start
     local name
     for name in python3 python3.13 python3.12 python3.11; do
         if new_enough "$name"; then
@@ -46,15 +46,15 @@ need_disk() { # FOLDER GIGABYTES
     local free
     free=$(df -Pk "$1" | sed -n 's/.* \([0-9][0-9]*\)  *[0-9][0-9]*% .*/\1/p')
     [ "${free:-999999999}" -ge $(($2 * 1000000)) ] ||
-        fail "about $2 GB of free disk are needed in $1, but there are $((free / 1000)) MB:" \
+        fail "about $2 GB of free disk space are needed in $1, but only $((free / 1000)) MB are free:" \
             "make room, or activate a virtual environment on a larger disk."
 }
 
-choose_environment() { # sets python, and where: the folder that is installed into
+choose_environment() { # sets python, and where: the folder to install into
     if [ -n "${VIRTUAL_ENV:-}" ]; then
         where=$VIRTUAL_ENV
         python=$where/bin/python
-        [ -x "$python" ] || fail "VIRTUAL_ENV names $where, which has no bin/python: run 'unset VIRTUAL_ENV'."
+        [ -x "$python" ] || fail "VIRTUAL_ENV is $where, which has no bin/python: run 'unset VIRTUAL_ENV'."
         new_enough "$python" || too_old "$python"
     elif on_colab; then
         python=$(find_python)
@@ -72,15 +72,15 @@ make_environment() {
     local base
     base=$(find_python)
     need_disk "$root" 4
-    echo "Making a virtual environment: $where"
+    echo "Creating a virtual environment: $where"
     "$base" -m venv --clear "$where" >/dev/null 2>&1 ||
-        fail "$base can't make a virtual environment in $where: see that the folder can be written to and" \
-            "that Python's venv module is whole (Debian and Ubuntu: apt install python3-venv)."
+        fail "$base can't create a virtual environment in $where: check that the folder is writable and" \
+            "that Python's venv module is complete (Debian and Ubuntu: apt install python3-venv)."
 }
 
 pip() { "$python" -m pip "$@" >"$log" 2>&1 </dev/null; }
 
-explain() { # why pip failed, in a sentence
+explain() { # fails with one sentence: why pip failed
     local address network='NewConnectionError|Failed to establish|[Nn]ame ?[Rr]esolution|ConnectTimeout'
     network="$network|ReadTimeout|timed out|ProxyError|SSLError|Connection refused|Network is unreachable"
     if grep -q 'No space left on device' "$log"; then
@@ -88,25 +88,25 @@ explain() { # why pip failed, in a sentence
     elif grep -Eq "$network" "$log"; then
         address=$(COLUMNS=300 "$python" -m pip install --help 2>/dev/null |
             sed -n 's/.*(default \(http[^)]*\)).*/\1/p') || true
-        fail "the package registry ${address:-of pip} can't be reached: check the connection" \
+        fail "the package registry ${address:-of pip} can't be reached: check the network" \
             "(or set HTTPS_PROXY or PIP_INDEX_URL) and run this again (log: $log)."
     fi
     tail -n 15 "$log" >&2
-    fail "pip failed with the lines above (all of them: $log)."
+    fail "pip failed with the error above (full log: $log)."
 }
 
-install() { # run | test. A stamp in the environment says that it's done; test's serves run too
+install() { # run | test. A stamp file in the environment says what is installed; test includes run
     local key stamp=$where/naruto_lora.stamp
     key="$(cat requirements.txt pyproject.toml | cksum) $root"
     if grep -Fqxs -e "$key test" -e "$key $1" "$stamp"; then return; fi
     need_disk "$where" 4
-    : 2>/dev/null >"$log" || fail "$where can't be written to: activate a virtual environment of your own."
+    : 2>/dev/null >"$log" || fail "$where isn't writable: activate your own virtual environment."
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >"$log" 2>&1 ||
-        fail "$python has no pip and can't get it (Debian and Ubuntu: apt install python3-venv)."
-    echo "Installing into $where (some minutes; log: $log)"
+        fail "$python has no pip and can't install it (Debian and Ubuntu: apt install python3-venv)."
+    echo "Installing into $where (takes some minutes; log: $log)"
     install_torch
     if [ "$1" = test ]; then set -- test --editable '.[test]'; else set -- run --editable .; fi
-    if on_colab; then # nothing that the image has may change under the running kernel
+    if on_colab; then # the image's packages may not change under the running kernel
         "$python" -m pip list --format=freeze 2>/dev/null >"$where/naruto_lora.txt"
         set -- "$@" --constraint "$where/naruto_lora.txt"
     fi
@@ -114,18 +114,18 @@ install() { # run | test. A stamp in the environment says that it's done; test's
     echo "$key $1" >"$stamp"
 }
 
-install_torch() { # on Linux without an NVIDIA GPU the CPU build, if there's no torch yet
+install_torch() { # if there is no torch yet: on Linux without an NVIDIA GPU the CPU build
     if [ "$(uname -s)" != Linux ] || pip show torch; then return; fi
     if ! nvidia-smi -L >/dev/null 2>&1; then
-        # named twice: a second index of the user's own settings would bring the large build back
+        # also as the extra index: another one from the user's settings would offer the large build
         if PIP_EXTRA_INDEX_URL=$torch_cpu pip install --no-input --no-deps --retries 0 --timeout 8 \
             --index-url "$torch_cpu" "$(grep '^torch>' requirements.txt)"; then return; fi
     fi
     need_disk "$where" 10
 }
 
-colab_plan() { # a line for each thing: install REQUIREMENT | old NAME VERSION FLOOR | uninstall NAME VERSION | self
-    cd / # or the import below would find the folder that we stand in
+colab_plan() { # prints lines: install REQUIREMENT | old NAME VERSION FLOOR | uninstall NAME VERSION | self
+    cd / # or the import below would find the current folder
     python3 - "$root" <<'PY'
 import importlib.util, re, sys
 from importlib.metadata import PackageNotFoundError, version
@@ -159,7 +159,7 @@ if not (spec and spec.origin and Path(spec.origin).resolve().parent == root / "n
 PY
 }
 
-prepare_colab() { # --no-deps throughout: what the running kernel has loaded must stay as it is
+prepare_colab() { # --no-deps throughout: packages that the running kernel has loaded must not change
     local plan word what
     python=python3 where=${TMPDIR:-/tmp} log=${TMPDIR:-/tmp}/naruto_lora.log
     plan=$(colab_plan)
@@ -168,12 +168,12 @@ prepare_colab() { # --no-deps throughout: what the running kernel has loaded mus
             install)
                 pip install --no-input --no-deps "$what" || explain
                 echo "Installed $what" ;;
-            old) # replacing it under a running kernel would ask for a restart
-                echo "This image's ${what% *} is older than ${what##* }, the oldest that is tested:" \
+            old) # to replace it under a running kernel would need a restart
+                echo "This image's ${what% *} is older than ${what##* }, the oldest tested version:" \
                     "choose the newest runtime version (Runtime › Change runtime type)." ;;
             uninstall)
                 pip uninstall --yes "${what% *}" || explain
-                echo "Removed torchao ${what#* } (peft takes none below 0.16)" ;;
+                echo "Removed torchao ${what#* } (peft needs 0.16 or newer, or none)" ;;
             self)
                 pip install --no-input --no-deps --editable . || explain
                 echo "Installed naruto_lora from $root" ;;
@@ -190,9 +190,9 @@ case $command in
         choose_environment
         install "$command"
         if [ -n "${VIRTUAL_ENV:-}" ]; then export PATH="$VIRTUAL_ENV/bin:$PATH"; fi
-        export PYDEVD_DISABLE_FILE_VALIDATION=1 # Python 3.13's kernels would say four lines each
+        export PYDEVD_DISABLE_FILE_VALIDATION=1 # else each kernel on Python 3.13 prints four lines
         if [ "$command" = run ]; then exec "$python" -m naruto_lora.tiny.run "$@"; fi
-        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # a core for each process
+        export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one core for each process
         exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@" ;;
     '') if on_colab; then prepare_colab; else usage; fi ;;
     *) usage >&2 && fail "there is no command '$command'." ;;

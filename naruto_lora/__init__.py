@@ -2,14 +2,14 @@
 
     import naruto_lora as nl
 
-    recipe = nl.recipe("naruto-1024", dataset="my_pictures")    # all that decides a run
+    recipe = nl.recipe("naruto-1024", dataset="my_pictures")    # all settings of a run
     nl.train(recipe, "runs/mine")                                # a LoRA in runs/mine; run it again to resume
     pipe = nl.load(recipe.base, recipe.vae, {"mine": "runs/mine"})
     nl.draw(pipe, ["a fisherman on a pier"], adapter="mine")[0].save("fisherman.png")
 
 recipe -> captioned pictures -> cache -> U-Net + LoRA -> training -> checkpoints -> pictures -> comparison.
-Each module here is one of these stages, README.md has the map, and `python -m naruto_lora` the commands. Importing the
-package loads nothing heavy: what it offers is imported when it is first used.
+Each module here is one of these stages. README.md has the map; `python -m naruto_lora` lists the commands. Importing
+the package loads nothing heavy: each name that it offers is imported when it is first used.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import types
 
 __version__ = "0.1.0"
 
-OFFERED = {  # name: the module that has it
+OFFERED = {  # name: its module
     "load": "pipeline", "draw": "pipeline", "cross": "pipeline", "read_prompts": "pipeline",
     "draw_to": "gallery", "redraw": "gallery",
 }  # fmt: skip
@@ -29,7 +29,7 @@ MODULES = (
 
 
 def __getattr__(name: str):
-    """Imports what is offered when it is first asked for (PEP 562)."""
+    """Imports a name in OFFERED or MODULES at its first use (PEP 562)."""
     if name in OFFERED:
         return getattr(importlib.import_module(f"{__name__}.{OFFERED[name]}"), name)
     if name in MODULES:
@@ -42,9 +42,9 @@ def __dir__() -> list[str]:
 
 
 def call_as(module: str, function) -> None:
-    """Makes calling `module` call its main `function`: `nl.train(...)` is `nl.train.train(...)`.
+    """Makes `module` callable as its main `function`: `nl.train(...)` is `nl.train.train(...)`.
 
-    A module takes the place of any function of its name in the package, so it has to be callable itself
+    Once a submodule is imported, its name in the package means the module and not a function of that name
     (docs.python.org, data model, 'Customizing module attribute access').
     """
 

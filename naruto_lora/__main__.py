@@ -1,4 +1,4 @@
-"""The command `python -m naruto_lora VERB`: `--help` lists the verbs, `VERB --help` what each takes."""
+"""The command `python -m naruto_lora VERB`: `--help` lists the verbs, `VERB --help` a verb's options."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from . import recipe as recipes
 from .progress import Progress
 
 PROGRAM = "python -m naruto_lora"
-STATUS = "It ends with status 0; 1 if something is missing or wrong, said in one line; 2 for a wrong option."
+STATUS = "Exit status: 0; 1 if something is missing or wrong, with one line that says what; 2 for a wrong option."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a verb; returns the exit status. Nothing heavy is imported before its options are read."""
+    """Runs a verb; returns the exit status. Nothing heavy is imported before the options are parsed."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description="Give Stable Diffusion XL a style, on one small GPU.",
-        epilog=f"{PROGRAM} VERB --help says what a verb takes. {STATUS}")  # fmt: skip
+        epilog=f"{PROGRAM} VERB --help lists a verb's options. {STATUS}")  # fmt: skip
     verbs = parser.add_subparsers(metavar="VERB", dest="verb")
     for add in (_add_train, _add_draw):
         add(verbs)
@@ -37,15 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_train(verbs) -> None:
-    about = "train a LoRA by a recipe; a run that is in the folder already is resumed"
+    about = "train a LoRA by a recipe; if the folder already holds a run, resume it"
     parser = verbs.add_parser("train", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=STATUS)
     add, names = parser.add_argument, " or ".join(recipes.RECIPES)
     add("recipe", help=f"{names}, or a .json or .toml file")
     add("--out", type=Path, required=True, metavar="FOLDER", help="the run's folder: checkpoints, LoRA, previews")
-    add("--mirror", type=Path, metavar="FOLDER", help="a second folder for all of it, on another disk")
+    add("--mirror", type=Path, metavar="FOLDER", help="a second folder for a copy of all this, on another disk")
     add("--dataset", metavar="DATA", help="a folder or .zip of captioned pictures, or a hub id")
     add("--base", metavar="MODEL", help="another SDXL: a hub id or a folder")
-    add("--vae", metavar="MODEL", help="its VAE: a hub id or a folder; '' is the base's own")
+    add("--vae", metavar="MODEL", help="its VAE: a hub id or a folder; '' means the base's own")
     add("--steps", type=int, default=0, metavar="N", help="stop after N steps, to continue later (default: all)")
     add("--rank", type=int, default=0, metavar="N", help="the LoRA's rank (default: the recipe's)")
     add("--legs", default="", metavar="LEGS", help="the learning rate, such as '300 1e-4, 600 3e-5 cosine'")
@@ -66,19 +66,19 @@ def _add_draw(verbs) -> None:
     about = "draw pictures from prompts, with or without LoRAs"
     parser = verbs.add_parser("draw", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=STATUS)
     add, base = parser.add_argument, recipes.Recipe.base
-    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; may be given several times")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="what to draw; can be repeated")
     add("--prompts", metavar="FILE", help="a .txt file with a prompt a line, or a .json list")
     add("--lora", action="append", nargs="+", default=[], metavar=("PATH", "STRENGTH"),
-        help="a run's folder or a .safetensors file, and how strong it is (1); may be given several times")
+        help="a run's folder or a .safetensors file, and its strength (default: 1); can be repeated")
     add("--out", type=Path, default=Path("pictures"), metavar="PATH",
         help="a .png file, or a folder for several pictures (default: pictures)")
     add("--base", default=base, metavar="MODEL", help=f"an SDXL: a hub id or a folder (default: {base})")
     add("--vae", metavar="MODEL", help="its VAE: a hub id or a folder (default: one that fits fp16, or the base's own)")
-    add("--seed", type=int, default=0, metavar="N", help="the number that fixes the noise (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="the noise's seed (default: 0)")
     add("--steps", type=int, default=30, metavar="N", help="denoising steps (default: 30)")
     add("--guidance", type=float, default=5.0, metavar="X", help="how strictly the prompt is followed (default: 5)")
     add("--sampler", default="euler", metavar="NAME", help="euler, euler_a, ddim, dpm++_2m or unipc (default: euler)")
-    add("--resolution", type=int, metavar="PX", help="a picture's side (default: what the base was made for)")
+    add("--resolution", type=int, metavar="PX", help="a picture's side (default: the base's own resolution)")
     parser.set_defaults(run=_draw)
 
 
@@ -88,15 +88,15 @@ def _draw(options) -> None:
     prompts = options.prompt + (pipeline.read_prompts(options.prompts) if options.prompts else [])
     single = options.out.suffix.lower() == ".png"
     if not prompts:
-        raise ValueError("there is nothing to draw: give --prompt TEXT or --prompts FILE")
+        raise ValueError("there is no prompt to draw: add --prompt TEXT or --prompts FILE")
     if single and len(prompts) > 1:
-        raise ValueError(f"--out '{options.out}' is one file for {len(prompts)} prompts: give a folder")
+        raise ValueError(f"--out '{options.out}' is one file for {len(prompts)} prompts: use a folder")
     vae = options.vae if options.vae is not None else _default_vae(options.base)
     adapters, strengths = _loras(options.lora)
     pipe = pipeline.load(options.base, vae, adapters)
     settings = {
         "scheduler": options.sampler, "steps": options.steps, "guidance_scale": options.guidance,
-        "resolution": options.resolution or models.own_resolution(options.base, vae), "show": Progress(),
+        "resolution": options.resolution or models.default_resolution(options.base, vae), "show": Progress(),
     }  # fmt: skip
     if single:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def _default_vae(base: str) -> str:
 
 
 def _loras(given: list[list[str]]) -> tuple[dict[str, str], dict[str, float]]:
-    """({name: path}, {name: strength}) of the --lora options. Raises ValueError for a strength that is no number."""
+    """({name: path}, {name: strength}) of the --lora options. Raises ValueError for a strength that is not a number."""
     paths, strengths = {}, {}
     for path, *strength in given:
         name = re.sub(r"\W", "_", f"{Path(path).stem}")
@@ -119,7 +119,7 @@ def _loras(given: list[list[str]]) -> tuple[dict[str, str], dict[str, float]]:
         try:
             (strengths[name],) = map(float, strength or ["1"])
         except ValueError:
-            raise ValueError(f"--lora takes a path and one strength, such as '{path} 0.8', not {strength}") from None
+            raise ValueError(f"--lora needs a path and one strength, such as '{path} 0.8', not {strength}") from None
         paths[name] = path
     return paths, strengths
 

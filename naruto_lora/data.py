@@ -1,4 +1,4 @@
-"""Captioned pictures from a folder or the hub: loaded, checked, split, cropped. They stay compressed until used."""
+"""Captioned pictures from a folder, a zip or the hub: loaded, checked, split, cropped; compressed until used."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .reading.faults import look as look
 from .reading.folder import SUFFIXES
 from .reading.picture import crop
 
-FEWEST = 3  # pictures to train on, and held out: style distance and copying can't be told from fewer
-THREADS = 2  # that decode, beside each other since Pillow lets go of the interpreter; Colab has two cores
-AHEAD = 32  # pictures decoded before they are asked for: 100 MB at 1024 px
+FEWEST = 3  # pictures to train on, and held out: fewer can't show style distance or copying
+THREADS = 2  # for decoding, in parallel because Pillow releases the GIL; Colab has two cores
+AHEAD = 32  # pictures decoded before they are needed: 100 MB at 1024 px
 
 
 @dataclass(frozen=True)
 class Example:
-    """One captioned picture: `source` is a file's path or the compressed bytes; `mirrored` swaps left and right."""
+    """One captioned picture: `source` is a file's path or its compressed bytes; `mirrored` swaps left and right."""
 
     name: str
     caption: str
@@ -35,11 +35,11 @@ class Example:
     mirrored: bool = False
 
     def read(self) -> bytes:
-        """The compressed picture. Raises FileNotFoundError if its file has gone."""
+        """The compressed picture. Raises FileNotFoundError if its file is no longer there."""
         try:
             return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
         except FileNotFoundError:
-            raise FileNotFoundError(f"the picture '{self.source}' has gone since the data set was read") from None
+            raise FileNotFoundError(f"the picture '{self.source}' is gone; restore it or load the data again") from None
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -55,9 +55,9 @@ class Example:
         return self._readable(functools.partial(picture.upright, mirrored=self.mirrored))
 
     def check(self) -> None:
-        """Raises ValueError for a picture that can't be decoded, or a caption that is no text or empty."""
+        """Raises ValueError for a picture that can't be decoded, or a caption that is empty or not text."""
         if not isinstance(self.caption, str):
-            raise ValueError(f"the caption of '{self.name}' is not text but {self.caption!r:.40}; write one")
+            raise ValueError(f"the caption of '{self.name}' is not text but {self.caption!r:.40}; write it as text")
         if not self.caption.strip():
             raise ValueError(f"the caption of '{self.name}' is empty; write what the picture shows, or remove it")
         self._readable(picture.check)
@@ -71,13 +71,13 @@ class Example:
 
 
 def load(dataset: str | Path) -> list[Example]:
-    """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one or a hub id.
+    """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one, or a hub id.
 
-    Each picture is opened and each caption looked at, so that bad ones are named at once.
-    Raises FileNotFoundError for a missing folder or hub data set, ValueError for anything wrong inside.
+    Checks each picture and caption. Raises FileNotFoundError for a missing folder or hub data set, ValueError for the
+    first thing that is wrong inside.
     """
     if not str(dataset).strip():
-        raise FileNotFoundError("no data set is named; give a folder or a hub id")
+        raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
     place = Path(dataset).expanduser()
     if place.suffix.lower() == ".zip":
         place = archive.unzip(place)
@@ -86,23 +86,23 @@ def load(dataset: str | Path) -> list[Example]:
     elif isinstance(dataset, str) and hub.is_id(dataset):
         rows = table.read(dataset)
     else:
-        raise FileNotFoundError(f"the data set folder '{dataset}' does not exist; check the path, or give a hub id")
+        raise FileNotFoundError(f"the data set folder '{dataset}' does not exist; check the path, or use a hub id")
     examples = [Example(*row) for row in rows]
     if not examples:
         raise ValueError(
             f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES)} files, each with a caption"
         )
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(Example.check, examples):  # raises for the first of the bad ones, whichever was met first
+        for _ in pool.map(Example.check, examples):  # raises for the first bad one
             pass
     return examples
 
 
 def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:
-    """(training, hold-out) by each picture's own bytes, so that pictures added to a hundred or more move none across.
+    """(training, hold-out) by each picture's bytes, so that new pictures in a set of a hundred or more move no others.
 
-    About `holdout` of the pictures are held out, and at least three unless it is 0: figures with intervals need them.
-    Raises ValueError if as many aren't left to train on.
+    The hold-out is about a share `holdout` of the pictures, and at least FEWEST unless `holdout` is 0. Raises
+    ValueError if fewer than FEWEST are left to train on.
     """
     if holdout == 0:
         return list(examples), []
@@ -111,13 +111,13 @@ def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[
     held = [e for e, place in zip(examples, places, strict=True) if place < least]
     train = [e for e, place in zip(examples, places, strict=True) if place >= least]
     if len(train) < FEWEST:
-        raise ValueError(f"with holdout {holdout:g} {len(train)} of {len(examples)} pictures are left to train on, "
+        raise ValueError(f"with holdout {holdout:g}, {len(train)} of {len(examples)} pictures are left to train on, "
                          f"fewer than {FEWEST}: add pictures, or choose a recipe with holdout 0")
     return train, held
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """Sixteen hex digits of the pictures' bytes and captions, in their order."""
+    """A hash (16 hex digits) of the pictures' bytes and captions, in their order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.digest + hashlib.sha256(example.caption.encode()).digest())
@@ -125,7 +125,7 @@ def fingerprint(examples: list[Example]) -> str:
 
 
 class Crop(NamedTuple):
-    """A picture as the VAE wants it."""
+    """A picture of the size that the VAE gets."""
 
     name: str
     pixels: np.ndarray  # (H, W, 3), uint8
@@ -139,9 +139,9 @@ def decode(example: Example, size: int | tuple[int, int]) -> Crop:
 
 
 def decode_ahead(rows: Iterable[tuple[Example, int | tuple[int, int]]]) -> Iterator[Crop]:
-    """`decode` of each row in order, in threads that run no more than AHEAD pictures ahead.
+    """`decode` of each row in order, in threads that run at most AHEAD pictures ahead.
 
-    Closing it waits for no more than the pictures that are being decoded.
+    Closing it waits only for the pictures that are being decoded.
     """
     waiting = deque()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -160,9 +160,9 @@ def pixels(images: list[Image.Image]):
     """RGB pictures of one size as a float32 tensor (B, 3, H, W) in [-1, 1]."""
     import torch
 
-    return unit(torch.from_numpy(np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in images])))
+    return normalize(torch.from_numpy(np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in images])))
 
 
-def unit(stack):
-    """Pixels (B, H, W, 3) in uint8 as a float32 tensor (B, 3, H, W) in [-1, 1], where they are."""
+def normalize(stack):
+    """Pixels (B, H, W, 3), a uint8 tensor, as float32 (B, 3, H, W) in [-1, 1], on the same device."""
     return stack.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed, renamed."""
+"""Atomic files: written under a temporary name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """`write(temporary)` beside `path`, flushed to the disk, then renamed to it: a kill leaves the old file or the new.
+    """Calls `write(temporary)`, flushes that file and renames it to `path`: a kill leaves the old file or the new one.
 
-    Raises what `write` raises, and OSError for a full or read-only disk; nothing half written stays.
+    Raises what `write` raises, and OSError for a full or read-only disk; it then removes the temporary file.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
     try:
@@ -26,7 +26,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copies a file so that `target` is whole or not there. Raises OSError, also if it reads back as another file."""
+    """Copies a file atomically. Raises OSError, also if the copy does not read back equal."""
 
     def write(temporary: Path) -> None:
         shutil.copyfile(source, temporary)
@@ -38,7 +38,7 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Sees a file, or a folder's entries, onto the disk. Windows opens no folders, and Drive flushes none."""
+    """Flushes a file, or a folder's entries, to the disk. Windows can't open folders, Google Drive can't flush them."""
     try:
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     except PermissionError:
@@ -55,13 +55,13 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The 64 hex digits of a file's content."""
+    """The SHA-256 of a file's content, 64 hex digits."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def writable(folder: Path) -> None:
-    """Makes `folder`. Raises PermissionError if nothing can be written there."""
+def make_folder(folder: Path) -> None:
+    """Creates `folder`. Raises PermissionError if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -73,7 +73,7 @@ def writable(folder: Path) -> None:
 
 
 def write_json(path: str | Path, content: dict) -> Path:
-    """Writes `content` (figures and arrays included) as JSON, whole or not at all; makes the folder; the path."""
+    """Writes `content` (dataclasses and arrays too) as JSON, atomically; creates the folder; returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1, default=_plain)

@@ -1,4 +1,4 @@
-"""Pictures on disk that say what they were drawn from: what is there isn't drawn again, and each can be drawn anew."""
+"""Pictures as PNGs with their settings as metadata: each can be redrawn from its file, and none is drawn twice."""
 
 from __future__ import annotations
 
@@ -11,86 +11,87 @@ from PIL import Image, PngImagePlugin
 
 from . import files, pipeline
 
-CHUNK = "naruto_lora"  # the PNG's text chunk with the settings as JSON; 'parameters' is what A1111 writes and reads
+CHUNK = "naruto_lora"  # the PNG's text chunk with the settings as JSON; 'parameters' is A1111's own chunk
 
 
 def save(picture: Image.Image, path: str | Path) -> None:
-    """Writes a picture that `pipeline.draw` made as a PNG, whole or not at all, with its settings inside."""
-    told = picture.info["drawn"]
+    """Writes a picture of `pipeline.draw` as a PNG with its settings as metadata; never a half-written file."""
+    settings = picture.info["settings"]
     text = PngImagePlugin.PngInfo()
-    text.add_text(CHUNK, json.dumps(told))
-    text.add_text("parameters", _parameters(told))
+    text.add_text(CHUNK, json.dumps(settings))
+    text.add_text("parameters", _parameters(settings))
     files.replace(Path(path), lambda temporary: picture.save(temporary, "PNG", pnginfo=text))
 
 
-def _parameters(told: dict) -> str:
-    loras = "".join(f" <lora:{name}:{adapter['weight']:g}>" for name, adapter in told["adapters"].items())
+def _parameters(settings: dict) -> str:
+    loras = "".join(f" <lora:{name}:{adapter['weight']:g}>" for name, adapter in settings["adapters"].items())
+    side = settings["resolution"]
     return (
-        f"{told['prompt']}{loras}\nSteps: {told['steps']}, Sampler: {told['scheduler']}, "
-        f"CFG scale: {told['guidance_scale']:g}, Seed: {told['seed']}, Size: {told['resolution']}x{told['resolution']}"
+        f"{settings['prompt']}{loras}\nSteps: {settings['steps']}, Sampler: {settings['scheduler']}, "
+        f"CFG scale: {settings['guidance_scale']:g}, Seed: {settings['seed']}, Size: {side}x{side}"
     )
 
 
 def settings(path: str | Path) -> dict:
-    """What the PNG at `path` was drawn from. Raises FileNotFoundError, and ValueError if it doesn't say."""
+    """The settings in the PNG at `path`. Raises FileNotFoundError, and ValueError if it has none or is broken."""
     try:
         with Image.open(path) as picture:
-            picture.load()  # to its end: one that is cut short counts as none
+            picture.load()  # to its end: a truncated file is an error
             return json.loads(picture.text[CHUNK])
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture '{path}'") from None
     except (OSError, SyntaxError, AttributeError, KeyError, ValueError):
-        raise ValueError(f"'{path}' does not say what it was drawn from; take a PNG that gallery.save wrote") from None
+        raise ValueError(f"'{path}' has no readable settings; use a PNG that gallery.save wrote") from None
 
 
 def redraw(pipe, path: str | Path) -> Image.Image:
-    """The picture of a PNG once more, from the settings in it: on the same machine and libraries, bit for bit.
+    """Draws the picture of a PNG again, from its settings: bit for bit the same on the same machine and libraries.
 
-    Its adapters are found by their content, whatever they are called in `pipe`. A batch's rounding depends on its
-    size, so as many are drawn as were then. Raises ValueError if `pipe` has another base, VAE or lacks an adapter.
+    Its adapters are found by their content; their names in `pipe` may differ. Rounding depends on the batch size, so
+    the batch is as large as it was. Raises ValueError if `pipe` has another base or VAE, or lacks an adapter.
     """
-    told = settings(path)
+    saved = settings(path)
     for part, identity in pipe.sources.items():
-        if told[part] != identity:
-            raise ValueError(f"'{path}' was drawn with another {part} ({told[part]:.16}); load a pipeline with that")
+        if saved[part] != identity:
+            raise ValueError(f"'{path}' was drawn with another {part} ({saved[part]:.16}); load a pipeline with it")
     identities = pipe.__dict__.get("adapter_identities", {})
     names = {identities[name]: name for name in getattr(pipe.unet, "peft_config", {}) if name in identities}
     weights = {}
-    for name, adapter in told["adapters"].items():
+    for name, adapter in saved["adapters"].items():
         if adapter["identity"] not in names:
             raise ValueError(f"'{path}' was drawn with an adapter '{name}' that is not loaded; add it to the pipeline")
         weights[names[adapter["identity"]]] = adapter["weight"]
-    size, place = told["batch"]
-    look = {name: told[name] for name in ("scheduler", "steps", "guidance_scale", "guidance_interval", "resolution")}
-    drawn = pipeline.draw(pipe, [told["prompt"]] * size, [told["seed"]] * size, weights, batch=size, **look)
+    size, place = saved["batch"]
+    options = {key: saved[key] for key in ("scheduler", "steps", "guidance_scale", "guidance_interval", "resolution")}
+    drawn = pipeline.draw(pipe, [saved["prompt"]] * size, [saved["seed"]] * size, weights, batch=size, **options)
     return drawn[place]
 
 
 def draw_to(
     folder: str | Path, pipe, prompts: list[str], seeds: list[int] | int = 0, adapter=pipeline.BASE, scale: float = 1.0,
-    batch: int | None = None, show=None, stop=None, **look,
+    batch: int | None = None, show=None, stop=None, **options,
 ) -> list[Path]:
-    """`pipeline.draw` into PNGs in `folder`, each batch kept as soon as it is drawn; their paths in order.
+    """Draws as `pipeline.draw` does and saves each batch at once as PNGs in `folder`; returns their paths in order.
 
-    What is there with the same settings isn't drawn again, so a run that was killed or stopped goes on when it is
-    called again, with the pictures that it would have had. Raises what `draw` raises.
+    A picture that is there with the same settings isn't drawn again, so a stopped call resumes when it is repeated,
+    and gives the same pictures as an unbroken one. `options` are those of `draw`. Raises what `draw` raises.
     """
     folder = Path(folder)
-    files.writable(folder)
-    seeds = pipeline.one_each(prompts, seeds)
-    wanted = pipeline.plan(pipe, prompts, seeds, adapter, scale, **look)
-    paths = [folder / _name(told) for told in wanted]
+    files.make_folder(folder)
+    seeds = pipeline.seeds_for(prompts, seeds)
+    wanted = pipeline.settings_of(pipe, prompts, seeds, adapter, scale, **options)
+    paths = [folder / _name(own) for own in wanted]
     steps = wanted[0]["steps"] if wanted else 0
-    for part in pipeline.even_parts(len(prompts), pipeline.together(pipe, look.get("resolution", 1024), batch)):
-        if all(map(_there, paths[part], wanted[part])):
+    for part in pipeline.even_batches(len(prompts), pipeline.batch_size(pipe, options.get("resolution", 1024), batch)):
+        if all(map(_is_drawn, paths[part], wanted[part])):
             continue
 
-        def told_so_far(phase, done, total, before=part.start * steps):
+        def show_overall(phase, done, total, before=part.start * steps):
             show(phase, before + done, len(prompts) * steps)
 
         drawn = pipeline.draw(
             pipe, prompts[part], seeds[part], adapter, scale, batch=part.stop - part.start,
-            show=show and told_so_far, stop=stop, **look,
+            show=show and show_overall, stop=stop, **options,
         )
         for path, picture in zip(paths[part], drawn, strict=True):
             save(picture, path)
@@ -98,23 +99,23 @@ def draw_to(
 
 
 def load(paths: list[Path]) -> list[Image.Image]:
-    """The pictures of PNGs, in memory."""
+    """Reads the pictures into memory."""
     pictures = [Image.open(path) for path in paths]
     for picture in pictures:
-        picture.load()  # and closes its file
+        picture.load()  # also closes the file
     return pictures
 
 
-def _there(path: Path, wanted: dict) -> bool:
+def _is_drawn(path: Path, wanted: dict) -> bool:
     try:
-        told = settings(path)
+        saved = settings(path)
     except (FileNotFoundError, ValueError):
         return False
-    told.pop("batch")
-    return told == wanted
+    saved.pop("batch")
+    return saved == wanted
 
 
-def _name(told: dict) -> str:
-    words = re.sub(r"\W+", "-", told["prompt"].lower())[:40].strip("-")
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{words or 'picture'}-{told['seed']}-{digest}.png"
+def _name(settings: dict) -> str:
+    words = re.sub(r"\W+", "-", settings["prompt"].lower())[:40].strip("-")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{words or 'picture'}-{settings['seed']}-{digest}.png"

@@ -12,10 +12,10 @@ FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 
 
 def inject(unet, rank: int, alpha: float, seed: int = 0) -> list[torch.nn.Parameter]:
-    """LoRA on every attention projection of `unet`; the trainable parameters, in fp32 whatever the U-Net's dtype.
+    """Adds LoRA to every attention projection of `unet`; returns the trainable parameters, always in fp32.
 
-    On SDXL Base these are 1,451,520 * rank numbers in 560 layers. A starts Gaussian (from `seed`, the same on
-    every device), B at zero, so the first picture is the base's. Raises RuntimeError for a torchao that peft refuses.
+    On SDXL Base these are 1,451,520 * rank numbers in 560 layers. A starts Gaussian (from `seed`, the same on every
+    device), B at zero, so the model starts as the base. Raises RuntimeError for a torchao that peft refuses.
     """
     from peft import LoraConfig
 
@@ -38,7 +38,7 @@ def inject(unet, rank: int, alpha: float, seed: int = 0) -> list[torch.nn.Parame
 
 
 def save(unet, folder: str | Path) -> Path:
-    """The adapter as `folder`/pytorch_lora_weights.safetensors, alpha included; returns the file.
+    """Writes `folder`/pytorch_lora_weights.safetensors, with alpha in its metadata; returns the file.
 
     The same weights give the same bytes.
     """
@@ -57,9 +57,9 @@ def save(unet, folder: str | Path) -> Path:
 
 
 def _sort_metadata(file: Path) -> None:
-    """Sorts a safetensors file's metadata in place; its writer leaves their order to chance.
+    """Sorts a safetensors file's metadata in place; safetensors writes it in random order.
 
-    The header is 8 bytes of length and JSON (huggingface.co/docs/safetensors); sorted, it is as long as before.
+    The header is 8 bytes of length, then JSON (huggingface.co/docs/safetensors); sorting keeps its length.
     """
     with open(file, "rb+") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -72,7 +72,7 @@ def _sort_metadata(file: Path) -> None:
 
 
 def save_kohya(unet, file: str | Path, alpha: float) -> Path:
-    """The adapter under the names that ComfyUI and A1111 read (kohya-ss's), fp16, alpha in each layer; the file."""
+    """Writes the adapter with kohya-ss's names (ComfyUI, A1111), in fp16, with alpha per layer; returns the file."""
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -87,9 +87,9 @@ def save_kohya(unet, file: str | Path, alpha: float) -> Path:
 
 
 def restore(unet, folder: str | Path) -> None:
-    """Puts a saved adapter's weights, bit for bit, into the LoRA that `inject` made in `unet`.
+    """Loads a saved adapter's weights, bit for bit, into the LoRA that `inject` added to `unet`.
 
-    Raises ValueError if they are another U-Net's or of another rank.
+    Raises ValueError if they belong to another U-Net or have another rank.
     """
     from diffusers.utils import convert_unet_state_dict_to_peft
     from peft.utils import set_peft_model_state_dict
@@ -99,7 +99,7 @@ def restore(unet, folder: str | Path) -> None:
     try:
         result = set_peft_model_state_dict(unet, convert_unet_state_dict_to_peft(weights), "default")
         fits = not result.unexpected_keys and not any("lora_" in name for name in result.missing_keys)
-    except RuntimeError:  # shapes that differ
+    except RuntimeError:  # other shapes
         fits = False
     if not fits:
         raise ValueError(f"the adapter in '{folder}' does not fit this U-Net; was it trained on another base or rank?")

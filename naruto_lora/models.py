@@ -17,13 +17,13 @@ DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 def device_for(precision: str) -> torch.device:
-    """The device that a recipe's precision asks for. Raises RuntimeError if fp16 has no GPU."""
+    """The device for a recipe's precision. Raises RuntimeError for fp16 without a GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if precision == "fp16":
         raise RuntimeError(
             "this recipe trains in fp16, which needs a CUDA GPU, and none is here; on Colab choose Runtime > "
-            "Change runtime type > T4 GPU, elsewhere take the embedded default (bash colab_setup.sh run)"
+            "Change runtime type > T4 GPU, elsewhere use the embedded default (bash colab_setup.sh run)"
         )
     return torch.device("cpu")
 
@@ -31,40 +31,40 @@ def device_for(precision: str) -> torch.device:
 def check_base(base: str, vae: str = "") -> None:
     """Raises ValueError unless `base` is an SDXL base model with epsilon prediction in diffusers' layout.
 
-    And unless `vae`, where it is named, is a folder or on the hub (FileNotFoundError).
+    Raises FileNotFoundError if `base`, or a `vae` that is not '', is neither a folder nor on the hub.
     """
     quiet()
     index = _config(base, "model_index.json", "a diffusers model")
     kind = index.get("_class_name", "an unnamed pipeline")
     if kind != "StableDiffusionXLPipeline":
-        raise ValueError(f"the base '{base}' is a {kind}, not a StableDiffusionXLPipeline; take an SDXL base model")
+        raise ValueError(f"the base '{base}' is a {kind}, not a StableDiffusionXLPipeline; choose an SDXL base model")
     if unet_config(base).get("addition_embed_type") != "text_time":
-        raise ValueError(f"the U-Net of '{base}' has no size conditioning, so it is not SDXL Base; take an SDXL base")
+        raise ValueError(f"the U-Net of '{base}' has no size conditioning, so it is not SDXL Base; choose an SDXL base")
     kind = _config(base, "scheduler/scheduler_config.json", "an SDXL model").get("prediction_type", "epsilon")
     if kind != "epsilon":
-        raise ValueError(f"the base '{base}' predicts '{kind}'; only epsilon prediction, SDXL Base's own, is supported")
+        raise ValueError(f"the base '{base}' predicts '{kind}'; only epsilon prediction (SDXL Base's) is supported")
     if vae:
         _config(vae, "config.json", "a VAE")
 
 
-def pixels_a_latent(base: str, vae: str = "") -> int:
-    """The side of what one of a latent's pixels stands for, in px: 8 for SDXL."""
+def vae_scale_factor(base: str, vae: str = "") -> int:
+    """How many px of a picture's side one latent pixel covers: 8 for SDXL (diffusers' name)."""
     config = _config(vae, "config.json", "a VAE") if vae else _config(base, "vae/config.json", "an SDXL model")
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 def unet_config(base: str) -> dict:
-    """The configuration of the base's U-Net. Raises ValueError or FileNotFoundError where there is none."""
+    """The configuration of the base's U-Net. Raises ValueError or FileNotFoundError if there is none."""
     return _config(base, "unet/config.json", "an SDXL model")
 
 
-def own_resolution(base: str, vae: str = "") -> int:
-    """The side of the pictures that the base was made for, in px: 1024 for SDXL."""
-    return unet_config(base).get("sample_size", 128) * pixels_a_latent(base, vae)
+def default_resolution(base: str, vae: str = "") -> int:
+    """The side of the pictures that the base was trained for, in px: 1024 for SDXL."""
+    return unet_config(base).get("sample_size", 128) * vae_scale_factor(base, vae)
 
 
 def identity(source: str) -> str:
-    """What tells one model from another: a hub id, or a folder's weights (size and first MiB, not place)."""
+    """Identifies a model: its hub id, or a hash of a folder's weights (sizes and first MiB; not the folder's path)."""
     files = sorted(Path(source).rglob("*.safetensors"))
     return _digest(files) if files else source
 
@@ -83,7 +83,7 @@ def _config(base: str, name: str, what: str) -> dict:
     if folder.is_dir():
         file = folder / name
         if not file.is_file():
-            raise ValueError(f"the folder '{base}' is not {what}: it has no {name}; give another")
+            raise ValueError(f"the folder '{base}' is not {what}: it has no {name}; choose another")
     else:
         file = _download(base, name)
     return json.loads(Path(file).read_text(encoding="utf-8"))
@@ -97,13 +97,13 @@ def _download(base: str, name: str) -> str:
     except Exception as error:  # the hub's client raises many kinds; a user needs one sentence
         reason = textwrap.shorten(str(error), 80, placeholder=" ...")
         raise FileNotFoundError(
-            f"the model '{base}' is neither a folder here nor to be had from the hub "
+            f"the model '{base}' is no folder here, and can't be downloaded from the hub "
             f"({type(error).__name__}: {reason}); check the name and the network"
         ) from None
 
 
 def _variant(base: str, part: str, dtype: torch.dtype) -> str | None:
-    """'fp16' where fp16 is wanted and `base` has files of that name for `part`."""
+    """'fp16' if `dtype` is fp16 and `base` has files of this variant for `part`."""
     if dtype != torch.float16:
         return None
     names = _files(Path(base)) if os.path.isdir(base) else _hub_files(base)
@@ -117,22 +117,22 @@ def _files(folder: Path) -> list[str]:
 
 @functools.cache
 def _hub_files(base: str) -> list[str]:
-    """The names of a hub model's files; of those that are on this machine where the hub can't be asked."""
+    """The names of a hub model's files; without a network, of those on this machine."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi().list_repo_files(base)
-    except Exception:  # no network, or told not to use it
+    except Exception:  # no network, or HF_HUB_OFFLINE
         return _files(Path(_download(base, "model_index.json")).parent)
 
 
 def quiet() -> None:
-    """Keeps the libraries' progress bars and harmless warnings out of notebooks; errors still show."""
+    """Hides the libraries' progress bars and harmless warnings; errors still show."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers
     import transformers
 
-    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what we want
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -148,25 +148,21 @@ def _load(kind, base: str, part: str, dtype: torch.dtype, device):
 def load_text_encoders(base: str, dtype: torch.dtype, device):
     """[(tokenizer, text encoder), (tokenizer_2, text encoder with projection)], in eval mode.
 
-    Their files stay mapped until they are on the device: 6 MiB of the host's own memory for the second's 1.3 GiB.
+    Their files are memory-mapped until the weights are on the device: 6 MiB of host memory for the second's 1.3 GiB.
     """
     quiet()
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    pairs = (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection))
-    return [
-        (
-            CLIPTokenizer.from_pretrained(base, subfolder=f"tokenizer{n}"),
-            _load(kind, base, f"text_encoder{n}", dtype, device),
-        )
-        for n, kind in pairs
-    ]
+    kinds = {"": CLIPTextModel, "_2": CLIPTextModelWithProjection}
+    tokenizers = [CLIPTokenizer.from_pretrained(base, subfolder=f"tokenizer{n}") for n in kinds]
+    encoders = [_load(kind, base, f"text_encoder{n}", dtype, device) for n, kind in kinds.items()]
+    return list(zip(tokenizers, encoders, strict=True))
 
 
 def load_vae(base: str, vae: str, dtype: torch.dtype, device):
-    """The VAE at `vae` (hub id or folder), or the base's own if that is ''.
+    """The VAE at `vae` (hub id or folder), or the base's own if `vae` is ''.
 
-    One that says it overflows in fp16 (`force_upcast`, as SDXL's own) is loaded in fp32.
+    A VAE that overflows in fp16 (its config says `force_upcast`, as SDXL's own does) is loaded in fp32.
     """
     quiet()
     from diffusers import AutoencoderKL
@@ -179,10 +175,10 @@ def load_vae(base: str, vae: str, dtype: torch.dtype, device):
 
 
 def load_unet(base: str, dtype: torch.dtype, device):
-    """The U-Net, frozen, in eval mode (it has no dropout: training is the same).
+    """The U-Net, frozen, in eval mode (it has no dropout, so this changes nothing).
 
-    From one file it goes to its device in portions: 1.4 GiB of host memory for SDXL's, where from_pretrained's map
-    of the whole file takes 5.8 (measured on an H200).
+    A single file is read in portions: 1.4 GiB of host memory for SDXL's U-Net; from_pretrained maps the whole file,
+    5.8 GiB (measured on an H200).
     """
     quiet()
     from diffusers import UNet2DConditionModel
@@ -197,7 +193,7 @@ def load_unet(base: str, dtype: torch.dtype, device):
 
 
 def _one_file(base: str, dtype: torch.dtype) -> Path | None:
-    """The file that holds the whole U-Net; None if it is in several."""
+    """The file of the whole U-Net; None if it is split over several."""
     dot_variant = ".fp16" if _variant(base, "unet", dtype) else ""
     name = f"unet/diffusion_pytorch_model{dot_variant}.safetensors"
     if os.path.isdir(base):
@@ -206,7 +202,7 @@ def _one_file(base: str, dtype: torch.dtype) -> Path | None:
 
 
 def _read(file: Path, dtype: torch.dtype, device, portion: int = 100) -> dict[str, torch.Tensor]:
-    """A file's tensors on `device`; it is opened anew for each `portion`, which gives the mapped pages back."""
+    """A file's tensors on `device`. Reopening it after each `portion` of tensors frees the mapped pages."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
@@ -220,7 +216,7 @@ def _read(file: Path, dtype: torch.dtype, device, portion: int = 100) -> dict[st
 
 
 def load_alphas_cumprod(base: str) -> torch.Tensor:
-    """The base's noise schedule: cumulative alphas (1000,) in fp32 on the CPU (fp16 is up to 7% off at its start)."""
+    """The base's noise schedule: cumulative alphas (1000,), fp32, on the CPU (in fp16 the first are up to 7% off)."""
     quiet()
     from diffusers import DDPMScheduler
 

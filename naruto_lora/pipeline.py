@@ -1,4 +1,4 @@
-"""Pictures from the base with or without LoRA: one resident pipeline, adapters switched, never reloaded."""
+"""Pictures from the base with or without a LoRA: one pipeline stays loaded, and only its adapters are switched."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .memory import gpu
 from .progress import note
 from .reading.prompts import read_prompts as read_prompts
 
-BASE = "base"  # the name that stands for 'no adapter'
-LCM = "lcm"  # the adapter, and the scheduler that draws with it alone
-STRONGEST = 1.5  # an adapter's weight; beyond it pictures fall apart
+BASE = "base"  # the name that means 'no adapter'
+LCM = "lcm"  # the adapter, and the scheduler that needs it
+MAX_WEIGHT = 1.5  # of an adapter; above it pictures fall apart
 SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
@@ -22,13 +22,13 @@ SCHEDULERS = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 WITH_LCM = SCHEDULERS | {LCM: ("LCMScheduler", {})}
-KNOWN_PROMPTS = 256  # encoded texts that a pipeline keeps: 80 MB for SDXL in fp16
-# Numbers that are held at once for one pixel of a picture: the U-Net's step with guidance, the VAE's decoder
-UNET_NUMBERS, VAE_NUMBERS = 512, 1280
+PROMPT_CACHE_SIZE = 256  # encoded prompts that a pipeline keeps: 80 MB for SDXL in fp16
+# Peak count of values in memory for each pixel of a picture: a U-Net step with guidance, the VAE's decoder
+UNET_VALUES, VAE_VALUES = 512, 1280
 
 
 class Stopped(Exception):
-    """Drawing was asked to stop; `pictures` are those that were finished before."""
+    """Drawing was stopped by the caller; `pictures` are the finished ones."""
 
     def __init__(self, pictures: list):
         super().__init__("drawing was stopped")
@@ -36,23 +36,23 @@ class Stopped(Exception):
 
 
 def load(base: str, vae: str = "", adapters: dict[str, str | Path] | None = None, precision: str | None = None):
-    """SDXL's pipeline with `adapters` ({name: LoRA folder or file}) loaded beside each other.
+    """SDXL's pipeline with all `adapters` ({name: LoRA folder or file}) loaded.
 
     fp16 on a GPU and fp32 on the CPU unless `precision` says otherwise. Raises FileNotFoundError for a missing
-    adapter, ValueError for a base that is no SDXL.
+    adapter, ValueError for a base that is not SDXL.
     """
     models.check_base(base, vae)
-    found = {name: _adapter_file(path) for name, path in (adapters or {}).items()}
+    adapter_files = {name: _adapter_file(path) for name, path in (adapters or {}).items()}
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     precision = precision or ("fp16" if torch.cuda.is_available() else "fp32")
     device, dtype = models.device_for(precision), models.DTYPES[precision]
-    coder = models.load_vae(base, vae, dtype, device)
-    if coder.config.force_upcast:
-        coder.enable_tiling()  # the pipeline takes such a VAE in its own dtype, and decodes in fp32
+    autoencoder = models.load_vae(base, vae, dtype, device)
+    if autoencoder.config.force_upcast:
+        autoencoder.enable_tiling()  # the pipeline keeps such a VAE in its own dtype, and decodes in fp32
     (tokenizer, encoder), (tokenizer_2, encoder_2) = models.load_text_encoders(base, dtype, device)
     pipe = StableDiffusionXLPipeline(
-        vae=coder.to(dtype),
+        vae=autoencoder.to(dtype),
         text_encoder=encoder,
         text_encoder_2=encoder_2,
         tokenizer=tokenizer,
@@ -63,7 +63,7 @@ def load(base: str, vae: str = "", adapters: dict[str, str | Path] | None = None
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.sources = {"base": models.identity(base), "vae": models.identity(vae or base)}
-    for name, file in found.items():
+    for name, file in adapter_files.items():
         add_adapter(pipe, name, file)
     return pipe
 
@@ -73,46 +73,46 @@ def _adapter_file(path: str | Path) -> Path:
 
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no LoRA at '{file}'; train one with the notebooks 02 and 03, or give another path")
+        raise FileNotFoundError(f"no LoRA at '{file}'; train one with notebook 02 or 03, or correct the path")
     return file
 
 
 def add_adapter(pipe, name: str, path: str | Path) -> None:
-    """Loads a LoRA (its folder or .safetensors file) under `name`, beside those that are loaded.
+    """Loads a LoRA (its folder or .safetensors file) as `name`; other adapters stay loaded.
 
-    Raises FileNotFoundError, and ValueError for a name that is taken or a LoRA that doesn't fit.
+    Raises FileNotFoundError, and ValueError for a name that is in use or a LoRA that doesn't fit.
     """
     file = _adapter_file(path)
     if name == BASE or not name.isidentifier():
-        raise ValueError(f"'{name}' can't name an adapter; take a word of letters, digits and _, other than '{BASE}'")
+        raise ValueError(f"'{name}' can't name an adapter; use one word of letters, digits and _, but not '{BASE}'")
     identities = pipe.__dict__.setdefault("adapter_identities", {})
     if name in getattr(pipe.unet, "peft_config", {}):
         if identities.get(name) == files.sha256(file)[:16]:
             return
-        raise ValueError(f"another adapter is called '{name}' already; take another name")
+        raise ValueError(f"another adapter is already called '{name}'; choose another name")
     try:
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-    except (OSError, RuntimeError, ValueError, KeyError):  # broken, or made for another U-Net: many lines of it
+    except (OSError, RuntimeError, ValueError, KeyError):  # broken or for another U-Net; their messages are very long
         if name in getattr(pipe.unet, "peft_config", {}):
             pipe.delete_adapters(name)
-        raise ValueError(f"the LoRA '{file}' is broken or was made for another base; take one of this base") from None
+        raise ValueError(f"the LoRA '{file}' is broken or was made for another base; use one for this base") from None
     identities[name] = files.sha256(file)[:16]
 
 
 def use_adapter(pipe, adapter: str | dict[str, float], scale: float = 1.0) -> dict[str, float]:
-    """Switches to one adapter by name, or to several with a weight each, times `scale`; returns the weights in use.
+    """Activates one adapter, or several as {name: weight}, times `scale`; returns the active {name: weight}.
 
-    'base' or weights of 0 give the untouched base, bit for bit. Raises ValueError for a name that wasn't loaded or
-    a weight outside 0 to 1.5.
+    'base' or weights of 0 give the unchanged base, bit for bit. Raises ValueError for a name that isn't loaded or a
+    weight outside 0 to 1.5.
     """
     loaded = getattr(pipe.unet, "peft_config", {})
-    named = {adapter: 1.0} if isinstance(adapter, str) else adapter
-    weights = {name: float(weight * scale) for name, weight in named.items() if name != BASE}
+    requested = {adapter: 1.0} if isinstance(adapter, str) else adapter
+    weights = {name: float(weight * scale) for name, weight in requested.items() if name != BASE}
     for name, weight in weights.items():
         if name not in loaded:
             raise ValueError(f"no adapter is called '{name}'; loaded are {', '.join((BASE, *loaded))}")
-        if not 0 <= weight <= STRONGEST:
-            raise ValueError(f"adapter '{name}' can't have weight {weight:g}; take one from 0 to {STRONGEST:g}")
+        if not 0 <= weight <= MAX_WEIGHT:
+            raise ValueError(f"adapter '{name}' can't have weight {weight:g}; choose one from 0 to {MAX_WEIGHT:g}")
     weights = {name: weight for name, weight in weights.items() if weight}
     if weights:
         pipe.enable_lora()
@@ -123,25 +123,25 @@ def use_adapter(pipe, adapter: str | dict[str, float], scale: float = 1.0) -> di
 
 
 def set_scheduler(pipe, name: str) -> None:
-    """Puts the sampler called `name` in `pipe`, with SDXL's own noise schedule.
+    """Sets the scheduler called `name`, with the base's own noise schedule.
 
-    'lcm' (arXiv 2311.05556) draws in 4 to 8 steps, at a guidance_scale of 1 to 2. Raises ValueError if the name is
-    unknown, or 'lcm' while no adapter 'lcm' is loaded.
+    'lcm' (arXiv 2311.05556) draws in 4 to 8 steps, at a guidance_scale of 1 to 2. Raises ValueError for an
+    unknown name, or for 'lcm' while no adapter 'lcm' is loaded.
     """
     import diffusers
 
     if name not in WITH_LCM:
-        raise ValueError(f"no scheduler is called '{name}'; take one of {', '.join(WITH_LCM)}")
+        raise ValueError(f"no scheduler is called '{name}'; choose one of {', '.join(WITH_LCM)}")
     if name == LCM and LCM not in getattr(pipe.unet, "peft_config", {}):
         raise ValueError(f"the scheduler '{LCM}' needs its LoRA: pipeline.add_adapter(pipe, '{LCM}', <an LCM LoRA>)")
-    if not hasattr(pipe, "own_schedule"):
-        pipe.own_schedule = pipe.scheduler.config  # a sampler's settings stay in its config: each starts from here
-    kind, extra = WITH_LCM[name]
-    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.own_schedule, **extra)
+    if not hasattr(pipe, "base_scheduler_config"):
+        pipe.base_scheduler_config = pipe.scheduler.config  # else options of one scheduler would reach the next one
+    class_name, options = WITH_LCM[name]
+    pipe.scheduler = getattr(diffusers, class_name).from_config(pipe.base_scheduler_config, **options)
 
 
 def holdout_prompts(dataset: str | Path, holdout: float) -> list[str]:
-    """The captions of the pictures that a run keeps out of its training, or all if it keeps none.
+    """The captions of the hold-out pictures, or all captions if there is no hold-out.
 
     Raises what `data.load` and `data.split` raise.
     """
@@ -150,19 +150,19 @@ def holdout_prompts(dataset: str | Path, holdout: float) -> list[str]:
 
 
 def cross(prompts: list[str], seeds: list[int]) -> tuple[list[str], list[int]]:
-    """Each prompt with each seed, as `draw` takes them: the first prompt's pictures come first."""
+    """Each prompt with each seed, as arguments of `draw`: the first prompt with all seeds, then the second ..."""
     return [prompt for prompt in prompts for _ in seeds], [seed for _ in prompts for seed in seeds]
 
 
-def one_each(prompts: list[str], seeds: list[int] | int) -> list[int]:
-    """A seed a prompt. Raises ValueError if there are others than one for all, or one each."""
+def seeds_for(prompts: list[str], seeds: list[int] | int) -> list[int]:
+    """One seed for each prompt; an int is used for all. Raises ValueError for another number of seeds."""
     seeds = [seeds] * len(prompts) if isinstance(seeds, int) else list(seeds)
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, or one for all, not {len(seeds)}")
     return seeds
 
 
-def plan(
+def settings_of(
     pipe,
     prompts: list[str],
     seeds: list[int],
@@ -174,24 +174,23 @@ def plan(
     resolution: int = 1024,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
 ) -> list[dict]:
-    """What decides each picture, as JSON takes it, by content and not by place; makes `pipe` ready to draw them.
+    """All settings of each picture, for JSON: adapters, base and VAE by their content, not their path; sets up `pipe`.
 
     Raises ValueError for arguments that make no sense.
     """
     if resolution % 8:
-        raise ValueError(f"resolution {resolution} is not divisible by 8; take {resolution // 8 * 8}")
+        raise ValueError(f"resolution {resolution} is not divisible by 8; use {resolution // 8 * 8}")
     weights = use_adapter(pipe, adapter, scale)
     if scheduler == LCM and LCM not in weights:
         raise ValueError(f"the scheduler '{LCM}' needs adapter '{LCM}' in use: adapter={{'{LCM}': 1, ...}}")
     set_scheduler(pipe, scheduler)
     identities, precision = pipe.__dict__.get("adapter_identities", {}), str(pipe.unet.dtype).removeprefix("torch.")
-    look = {
+    common = {
         "adapters": {name: {"weight": weight, "identity": identities.get(name)} for name, weight in weights.items()},
         "scheduler": scheduler, "steps": steps, "guidance_scale": float(guidance_scale), "resolution": resolution,
-        "guidance_interval": list(map(float, guidance_interval)), "precision": precision,
-        **pipe.__dict__.get("sources", {}),
+        "guidance_interval": [*map(float, guidance_interval)], "precision": precision, **getattr(pipe, "sources", {}),
     }  # fmt: skip
-    return [{"prompt": prompt, "seed": seed} | look for prompt, seed in zip(prompts, seeds, strict=True)]
+    return [{"prompt": prompt, "seed": seed} | common for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 @torch.no_grad()
@@ -210,21 +209,20 @@ def draw(
     stop=None,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
 ):
-    """One PIL picture a prompt, of `resolution` px; `seeds` is one for all, or one a prompt.
+    """One PIL picture for each prompt, `resolution` px wide and high; `seeds` is one for all, or one a prompt.
 
-    The noise comes from a CPU generator, so that a seed means one picture on every machine and for every adapter;
-    but for rounding: the same call gives the same bits on a CPU, another `batch` can change a pixel by one level.
-    Without `batch` it is what memory holds; where memory runs out it is halved. `guidance_interval` is the part of
-    the steps that are guided (arXiv 2404.07724); the others cost half. Each picture's `info["drawn"]` says what it
-    was drawn from. `show(phase, done, total)` counts the steps of all pictures; `stop()` is asked at each step, and
-    if it is true Stopped is raised. Raises ValueError for arguments that make no sense.
+    The noise comes from a CPU generator, so a seed gives the same noise on every machine and for every adapter. The
+    same call gives the same bits on a CPU; another `batch` can change a pixel by one level (rounding). By default
+    `batch` is what fits in memory; if memory runs out, it is halved. `guidance_interval` is the part of the steps
+    with guidance (arXiv 2404.07724); the others cost half. Each picture has its settings in `info["settings"]`.
+    `show(phase, done, total)` counts the steps of all pictures. `stop()` is called after each step: if it returns
+    true, Stopped is raised. Raises ValueError for arguments that make no sense.
     """
-    seeds = one_each(prompts, seeds)
-    told = plan(
-        pipe, prompts, seeds, adapter, scale, scheduler, steps, guidance_scale, resolution, guidance_interval
-    )
-    pipe.vae.to(pipe.unet.dtype)  # an interrupt may have caught it while it was in fp32 to decode
-    pictures, phase = [], f"drawing {' + '.join(told[0]['adapters']) or BASE}" if told else ""
+    seeds = seeds_for(prompts, seeds)
+    settings = settings_of(pipe, prompts, seeds, adapter, scale, scheduler, steps, guidance_scale, resolution,
+                           guidance_interval)
+    pipe.vae.to(pipe.unet.dtype)  # an interrupt during decoding may have left it in fp32
+    pictures, phase = [], f"drawing {' + '.join(settings[0]['adapters']) or BASE}" if settings else ""
 
     def step_done(step: int, size: int) -> None:
         if show:
@@ -232,138 +230,139 @@ def draw(
         if stop and stop():
             raise Stopped(pictures)
 
-    parts = even_parts(len(prompts), together(pipe, resolution, batch))
-    while parts:
-        made = _attempt(pipe, told[parts[0]], step_done)
-        if made is None:
-            parts = _smaller(pipe, resolution, parts, show)
+    batches = even_batches(len(prompts), batch_size(pipe, resolution, batch))
+    while batches:
+        drawn = _draw_if_it_fits(pipe, settings[batches[0]], step_done)
+        if drawn is None:
+            batches = _smaller_batches(pipe, resolution, batches, show)
             continue
-        for place, (picture, each) in enumerate(zip(made, told[parts[0]], strict=True)):
-            picture.info["drawn"] = each | {"batch": [len(made), place]}
-        pictures += made
-        parts = parts[1:]
+        for place, (picture, own) in enumerate(zip(drawn, settings[batches[0]], strict=True)):
+            picture.info["settings"] = own | {"batch": [len(drawn), place]}
+        pictures += drawn
+        batches = batches[1:]
     return pictures
 
 
-def even_parts(count: int, most: int) -> list[slice]:
-    """Slices of `count` things, none of more than `most`, of sizes that differ by one at most."""
-    number = -(-count // most)
+def even_batches(count: int, largest: int) -> list[slice]:
+    """`count` pictures in slices of at most `largest`, whose sizes differ by at most one."""
+    number = -(-count // largest)
     ends = [count * k // max(1, number) for k in range(number + 1)]
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
 
-def together(pipe, resolution: int, asked: int | None = None) -> int:
-    """Pictures that are drawn at once: as many as asked for, or as pay and fit, but no more than were seen to fit."""
-    fits = pipe.__dict__.get("fits", {}).get(resolution, asked or 16)
-    if asked:
-        return min(asked, fits)
+def batch_size(pipe, resolution: int, requested: int | None = None) -> int:
+    """How many pictures to draw at once: `requested`, or what is fast and fits; never a size that ran out of memory."""
+    limit = pipe.__dict__.get("batch_limits", {}).get(resolution, requested or 16)
+    if requested:
+        return min(requested, limit)
     if pipe.unet.device.type == "cpu":
-        return max(1, min(fits, 16 * 64**2 // resolution**2))
-    number = pipe.unet.dtype.itemsize * resolution**2  # bytes, of one number a pixel
-    free = gpu.available(pipe.unet.device) - VAE_NUMBERS * number
-    return max(1, min(fits, 8 * 1024**2 // resolution**2, free // (UNET_NUMBERS * number)))
+        return max(1, min(limit, 16 * 64**2 // resolution**2))
+    value = pipe.unet.dtype.itemsize * resolution**2  # bytes of one value for each pixel
+    free = gpu.available(pipe.unet.device) - VAE_VALUES * value
+    return max(1, min(limit, 8 * 1024**2 // resolution**2, free // (UNET_VALUES * value)))
 
 
-def _attempt(pipe, told: list[dict], step_done) -> list | None:
-    """One batch of pictures; None if memory ran out, which the pictures before survive."""
+def _draw_if_it_fits(pipe, settings: list[dict], step_done) -> list | None:
+    """One batch of pictures; None if memory ran out."""
     try:
-        return _draw_batch(pipe, told, step_done)
+        return _draw_batch(pipe, settings, step_done)
     except torch.OutOfMemoryError:
         return None
 
 
-def _smaller(pipe, resolution: int, left: list[slice], show) -> list[slice]:
-    """What is left to draw, halved, since the first does not fit. A single picture's VAE decodes in tiles instead.
+def _smaller_batches(pipe, resolution: int, batches: list[slice], show) -> list[slice]:
+    """The remaining batches, cut to half the size of the first, which did not fit.
 
-    Raises RuntimeError if that has been tried.
+    If the first is a single picture, the VAE will decode in tiles. Raises RuntimeError if it already does.
     """
     gpu.free()
     pipe.vae.to(pipe.unet.dtype)
-    size = left[0].stop - left[0].start
+    size = batches[0].stop - batches[0].start
     if size > 1:
-        most = -(-size // 2)
-        pipe.fits = pipe.__dict__.get("fits", {}) | {resolution: most}
-        note(show, f"memory ran out with {size} pictures at once: from here {most}")
-        return [slice(whole.start + half.start, whole.start + half.stop)
-                for whole in left for half in even_parts(whole.stop - whole.start, most)]
+        half = -(-size // 2)
+        pipe.batch_limits = pipe.__dict__.get("batch_limits", {}) | {resolution: half}
+        note(show, f"memory ran out with a batch of {size} pictures: from now on at most {half}")
+        return [slice(batch.start + part.start, batch.start + part.stop)
+                for batch in batches for part in even_batches(batch.stop - batch.start, half)]
     if pipe.vae.use_tiling:
-        raise RuntimeError(f"memory does not hold one picture of {resolution} px; take a lower resolution")
+        raise RuntimeError(f"memory does not hold one picture of {resolution} px; choose a lower resolution")
     pipe.vae.enable_tiling()
-    note(show, "memory ran out with one picture: from here the VAE decodes in tiles")
-    return left
+    note(show, "memory ran out with one picture: the VAE now decodes in tiles")
+    return batches
 
 
-def _draw_batch(pipe, told: list[dict], step_done) -> list:
+def _draw_batch(pipe, settings: list[dict], step_done) -> list:
     """PIL pictures; `step_done(step, pictures)` is called after each step."""
-    prompts, steps, scale = [each["prompt"] for each in told], told[0]["steps"], told[0]["guidance_scale"]
-    side, (first, last) = told[0]["resolution"], told[0]["guidance_interval"]
+    prompts, common = [own["prompt"] for own in settings], settings[0]
+    steps, scale, (first, last) = (common[key] for key in ("steps", "guidance_scale", "guidance_interval"))
     guided = [scale > 1 and first <= step / steps < last for step in range(steps)]
-    (embeds, pooled), (no_embeds, no_pooled) = _encoded(pipe, prompts), _unprompted(pipe, len(prompts))
+    embeds, pooled = _prompt_embeddings(pipe, prompts)
+    negative_embeds, negative_pooled = _negative_embeddings(pipe, len(prompts))
 
     def switch_guidance(pipe, step: int, timestep, tensors: dict) -> dict:
         step_done(step + 1, len(prompts))
-        following = guided[min(step + 1, steps - 1)]
-        if following == pipe.do_classifier_free_guidance:
+        guide_next = guided[min(step + 1, steps - 1)]
+        if guide_next == pipe.do_classifier_free_guidance:
             return {}
-        pipe._guidance_scale = scale if following else 1.0
+        pipe._guidance_scale = scale if guide_next else 1.0
         return {
-            "prompt_embeds": torch.cat([no_embeds, embeds]) if following else embeds,
-            "add_text_embeds": torch.cat([no_pooled, pooled]) if following else pooled,
-            "add_time_ids": tensors["add_time_ids"][:1].repeat(len(prompts) * (1 + following), 1),  # the same for all
+            "prompt_embeds": torch.cat([negative_embeds, embeds]) if guide_next else embeds,
+            "add_text_embeds": torch.cat([negative_pooled, pooled]) if guide_next else pooled,
+            "add_time_ids": tensors["add_time_ids"][:1].repeat(len(prompts) * (1 + guide_next), 1),  # all are the same
         }
 
-    _slice_decoding(pipe, len(prompts), side)
+    _slice_decoding(pipe, len(prompts), common["resolution"])
     return pipe(
         prompt_embeds=embeds,
         pooled_prompt_embeds=pooled,
-        negative_prompt_embeds=no_embeds,
-        negative_pooled_prompt_embeds=no_pooled,
-        generator=[torch.Generator().manual_seed(each["seed"]) for each in told],
+        negative_prompt_embeds=negative_embeds,
+        negative_pooled_prompt_embeds=negative_pooled,
+        generator=[torch.Generator().manual_seed(own["seed"]) for own in settings],
         num_inference_steps=steps,
         guidance_scale=scale if guided[0] else 1.0,
-        height=side,
-        width=side,
+        height=common["resolution"],
+        width=common["resolution"],
         callback_on_step_end=switch_guidance,
         callback_on_step_end_tensor_inputs=["add_time_ids"],
     ).images
 
 
-def _encoded(pipe, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """prompt_embeds (B, L, D) and pooled (B, P): each text is encoded once, alone, and kept.
+def _prompt_embeddings(pipe, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """prompt_embeds (B, L, D) and pooled (B, P). Each prompt is encoded once, in a batch of 1, and cached.
 
-    Kept for base and adapters alike, unless an adapter has weights for the text encoders too.
+    The cache serves the base and all adapters; it is not used if an adapter has weights for the text encoders.
     """
-    changed = any(getattr(encoder, "peft_config", None) for encoder in (pipe.text_encoder, pipe.text_encoder_2))
-    known = {} if changed else pipe.__dict__.setdefault("known_prompts", {})
+    adapted = any(getattr(encoder, "peft_config", None) for encoder in (pipe.text_encoder, pipe.text_encoder_2))
+    cached = {} if adapted else pipe.__dict__.setdefault("prompt_cache", {})
     rows = []
     for prompt in prompts:
-        if prompt not in known:
+        if prompt not in cached:
             embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
-            known[prompt] = embeds, pooled
-        rows.append(known[prompt])
-        if len(known) > KNOWN_PROMPTS:
-            del known[next(iter(known))]
+            cached[prompt] = embeds, pooled
+        rows.append(cached[prompt])
+        if len(cached) > PROMPT_CACHE_SIZE:
+            del cached[next(iter(cached))]
     return torch.cat([embeds for embeds, _ in rows]), torch.cat([pooled for _, pooled in rows])
 
 
-def _unprompted(pipe, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What guidance leads away from: zeros, as SDXL's own pipeline has it, or the encoded empty text."""
-    embeds, pooled = _encoded(pipe, [""] * count)
+def _negative_embeddings(pipe, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The empty negative prompt, `count` times: zeros, as in SDXL's own pipeline, or the encoded empty text."""
+    embeds, pooled = _prompt_embeddings(pipe, [""] * count)
     if pipe.config.force_zeros_for_empty_prompt:
         return torch.zeros_like(embeds), torch.zeros_like(pooled)
     return embeds, pooled
 
 
 def _slice_decoding(pipe, count: int, resolution: int) -> None:
-    """Lets the VAE decode one picture after the other where memory does not hold `count` at once."""
+    """Lets the VAE decode one picture at a time if `count` at once don't fit in memory."""
     pipe.vae.use_slicing = False
     if pipe.vae.device.type != "cpu":
-        need = count * VAE_NUMBERS * pipe.vae.dtype.itemsize * resolution**2
+        need = count * VAE_VALUES * pipe.vae.dtype.itemsize * resolution**2
         pipe.vae.use_slicing = need > gpu.available(pipe.vae.device)
 
 
 def to_pictures(images: torch.Tensor) -> list:
-    """(B, 3, H, W) in [-1, 1], as a VAE decodes them, to PIL pictures."""
+    """(B, 3, H, W) in [-1, 1], a VAE's output, as PIL pictures."""
     from PIL import Image
 
     pixels = ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

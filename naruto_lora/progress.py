@@ -1,7 +1,7 @@
-"""How far a long call is: one line a phase, in a notebook, a terminal or a log.
+"""The progress of long calls: one line per phase, in a notebook, a terminal or a log.
 
-Long calls take a `show`: a function `show(phase, done, total, **figures)`, called again and again, which may have a
-method `show.note(text)` for lines worth keeping. `Progress` is one; None shows nothing and prints the notes.
+Long calls have a parameter `show`: a function `show(phase, done, total, **figures)` that they call often. It can have
+a method `show.note(text)` for messages that stay. `Progress` is one; None shows no progress and prints the notes.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 
 def note(show, text: str) -> None:
-    """One line worth keeping: to `show.note` if there is one, else printed."""
+    """Passes a message to `show.note` if there is one, else prints it."""
     getattr(show, "note", print)(text)
 
 
 class Listener:
-    """A `show` that can always be called, whatever it is given, and says a thing once where it is asked to."""
+    """Wraps any `show`, also None, so that it can always be called; `once` drops repeated messages."""
 
     def __init__(self, show=None):
-        self.show, self.said = show, set()
+        self.show, self.noted = show, set()
 
     def __call__(self, phase: str, done: int, total: int, **figures) -> None:
         if self.show:
@@ -32,29 +32,29 @@ class Listener:
         note(self.show, text)
 
     def once(self, text: str) -> None:
-        """`note`, the first time that this text comes."""
-        if text not in self.said:
-            self.said.add(text)
+        """`note`, but only the first time for each text."""
+        if text not in self.noted:
+            self.noted.add(text)
             self.note(text)
 
 
 class Progress:
-    """The `show` of long calls: a line a phase, rewritten in place; where nobody watches, plain lines now and then.
+    """A `show` with one line per phase, rewritten in place; in a log, a new plain line every 30 seconds.
 
-    In a notebook all lines and notes of a cell are one display, so that a saved notebook keeps the last state of
-    each phase and the notes. In a terminal the line is cut to its width.
+    In a notebook, all lines and notes of a cell are one display: a saved notebook keeps the notes and the last state
+    of each phase. In a terminal, lines are cut to its width.
     """
 
     def __init__(self, every: float | None = None):
-        self.every = every if every is not None else (1.0 if _watched() else 30.0)  # seconds
-        self.phases, self.blocks = {}, {}  # by phase; blocks also hold notes, in the order of appearance
+        self.every = every if every is not None else (1.0 if _is_interactive() else 30.0)  # seconds
+        self.phases, self.blocks = {}, {}  # by phase; blocks also has the notes, in order
         self.cell = self.handle = None
-        self.line = ""  # what stands unfinished in the terminal
+        self.line = ""  # the unfinished line in a terminal
 
     def __call__(self, phase: str, done: int, total: int, **figures) -> None:
         self._enter_cell()
         now, state = time.time(), self.phases.get(phase)
-        if state is None or done <= state.done:  # a phase that comes again starts afresh, on its own line
+        if state is None or done <= state.done:  # a new phase, or one that starts again
             state = self.phases[phase] = _Phase(begun=now, first=done)
         state.done = done
         if "loss" in figures:
@@ -65,7 +65,7 @@ class Progress:
             self._write(phase, done, total, _texts(done, total, now, state, figures))
 
     def note(self, text: str) -> None:
-        """One line worth keeping, shown at once."""
+        """Shows a message that stays."""
         self._enter_cell()
         if _in_notebook():
             self.blocks[f"note {len(self.blocks)}"] = (text, f"<div>{html.escape(text)}</div>")
@@ -88,7 +88,7 @@ class Progress:
             print(_bar(phase, done, total, texts), flush=True)
 
     def _enter_cell(self) -> None:
-        """Begins a new display, with phases of its own, if another notebook cell runs than at the last call."""
+        """Starts a new display and new phases if another notebook cell runs than at the last call."""
         if not _in_notebook():
             return
         from IPython import get_ipython
@@ -110,15 +110,15 @@ class Progress:
 
 @dataclass
 class _Phase:
-    begun: float  # seconds, as `time.time`
-    first: int  # `done` of the first call, whose own time isn't known
+    begun: float  # time.time()
+    first: int  # `done` of the first call, whose duration is unknown
     done: int = 0
     shown: float = 0.0
     smooth: float | None = None
 
 
 def _texts(done: int, total: int, now: float, state: _Phase, figures: dict) -> list[str]:
-    """What stands beside the bar, the most wanted first."""
+    """The texts beside the bar, the most important first."""
     texts, left = [f"{done}/{total}"], figures.get("left")
     if left is None and done > state.first:
         left = (now - state.begun) / (done - state.first) * (total - done)
@@ -143,14 +143,14 @@ def _bar(phase: str, done: int, total: int, texts: list[str], width: int = 20) -
 
 
 def _cut(line: str, width: int) -> str:
-    """`line` in at most `width` characters, ending with a whole figure where it can."""
+    """`line` in at most `width` characters, cut between two figures if possible."""
     if len(line) <= width:
         return line
     return line[: width + 1].rpartition("  ")[0].rstrip()[:width] or line[:width]
 
 
 def _bar_html(phase: str, done: int, total: int, texts: list[str]) -> str:
-    """A bar of the browser's own, which fits light and dark themes; no colours, so that the page's are taken."""
+    """The browser's own progress bar, without colours of ours: it fits light and dark themes."""
     figures = " ".join(f"<span style='white-space:nowrap;margin-right:0.6em'>{html.escape(t)}</span>" for t in texts)
     return (
         f"<div style='display:flex;flex-wrap:wrap;gap:0 0.8em;font-variant-numeric:tabular-nums'>"
@@ -169,7 +169,7 @@ def _in_notebook() -> bool:
     return shell is not None and hasattr(shell, "kernel")
 
 
-def _watched() -> bool:
+def _is_interactive() -> bool:
     return _in_notebook() or sys.stdout.isatty()
 
 

@@ -1,4 +1,4 @@
-"""A session's bounds: interrupts that wait for a whole state, and how long what is left will take."""
+"""One session of a run: interrupts that wait until a checkpoint can be saved, and a forecast of the time left."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ import time
 
 from .progress import duration
 
-CALIBRATION = 5  # updates before a run says how long it will take
+CALIBRATION = 5  # updates before the first forecast
 
 
 class Interrupted(Exception):
-    """Someone asked the run to stop, and no state is half changed."""
+    """The user interrupted the run, at a moment when its state is consistent."""
 
 
 class Interrupts:
-    """While open, Ctrl-C, a kernel's interrupt and SIGTERM wait for a moment when no state is half changed.
+    """A context in which Ctrl-C, a kernel's interrupt and SIGTERM wait until the run's state is consistent.
 
-    A second one does not wait: KeyboardInterrupt. Signals reach the main thread alone; elsewhere this does nothing.
+    A second one does not wait: KeyboardInterrupt. Outside of the main thread, which gets the signals, it does nothing.
     """
 
     def __init__(self):
-        self.asked, self.safe, self.handlers = None, False, {}
+        self.received, self.waits, self.handlers = None, True, {}  # the signal that came
 
     def __enter__(self):
-        self.asked = None
+        self.received = None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.handlers[number] = signal.signal(number, self._caught)
@@ -40,39 +40,39 @@ class Interrupts:
         self.handlers = {}
 
     def _caught(self, number, frame):
-        if self.asked is not None:
+        if self.received is not None:
             raise KeyboardInterrupt
-        self.asked = number
-        if self.safe:
+        self.received = number
+        if not self.waits:
             raise Interrupted
 
     def check(self) -> None:
-        """Raises Interrupted if somebody asked."""
-        if self.asked is not None:
+        """Raises Interrupted if a signal came."""
+        if self.received is not None:
             raise Interrupted
 
     @contextlib.contextmanager
-    def at_once(self):
-        """Inside, no state is changed: what comes need not wait."""
+    def immediate(self):
+        """A context for code that changes no state: inside, a signal raises Interrupted immediately."""
         self.check()
-        self.safe = True
+        self.waits = False
         try:
             yield
         finally:
-            self.safe = False
+            self.waits = True
 
-    def pass_on(self) -> None:
-        """Raises what the signal would have raised."""
-        if self.asked == signal.SIGTERM:
+    def raise_received(self) -> None:
+        """Raises KeyboardInterrupt or SystemExit, as the signal would have done without this."""
+        if self.received == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
-        if self.asked is not None:
+        if self.received is not None:
             raise KeyboardInterrupt
 
 
 class Forecast:
-    """Seconds to come, from those that were: the median update, the mean measurement and checkpoint.
+    """The time left, from the median update and the mean measurement and checkpoint so far.
 
-    `begun` is when the session began (time.time()): `max_minutes` count from there.
+    `begun` is the time.time() of the session's start: `max_minutes` count from there.
     """
 
     def __init__(self, recipe, begun: float):
@@ -83,15 +83,16 @@ class Forecast:
         return time.time() - self.begun
 
     def budget_left(self) -> float:
-        """Seconds of `max_minutes` that are left."""
+        """Seconds left of `max_minutes`."""
         return (self.recipe.max_minutes * 60 or math.inf) - self.elapsed()
 
     def over_budget(self) -> bool:
-        """Whether the next update would end past `max_minutes`; each session does at least one."""
+        """Whether the next update would end after `max_minutes`; each session does at least one."""
         return self.update() > 0 and self.budget_left() < self.update() + self.mean("save")
 
     @contextlib.contextmanager
     def timed(self, what: str):
+        """A context whose seconds count as "update", "measure" or "save", unless it raises."""
         begun = time.perf_counter()
         yield
         self.spent[what].append(time.perf_counter() - begun)
@@ -104,7 +105,7 @@ class Forecast:
         return statistics.fmean(self.spent[what] or [0.0])
 
     def seconds(self, start: int, stop: int) -> float | None:
-        """From after `start` updates to after `stop`; None before there is enough to judge by."""
+        """Seconds from `start` finished updates to `stop`; None before CALIBRATION updates were timed."""
         if len(self.spent["update"]) < CALIBRATION:
             return None
         recipe, after = self.recipe, range(start + 1, stop + 1)
@@ -113,7 +114,7 @@ class Forecast:
         return len(after) * self.update() + len(measured) * self.mean("measure") + len(saved) * self.mean("save")
 
     def sentence(self, at: int) -> str:
-        """What is to come after `at` updates: each leg's end, the next checkpoint, and where `max_minutes` end."""
+        """When, after `at` updates, each leg ends and the next checkpoint comes, and where `max_minutes` end."""
         ends = [leg.until for leg in self.recipe.legs if leg.until > at]
         text = ", ".join(f"step {end} in {duration(self.seconds(at, end))}" for end in ends)
         following = min(at - at % self.recipe.save_every + self.recipe.save_every, self.recipe.steps)

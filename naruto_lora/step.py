@@ -14,10 +14,10 @@ def diffusion_loss(unet, latents, prompt_embeds, pooled, time_ids, timesteps, no
     """Loss (B,) of predicting `noise` in `latents` at `timesteps`: the epsilon objective of DDPM (arXiv 2006.11239).
 
     latents, noise (B, 4, h, w); prompt_embeds (B, L, D); pooled (B, P); time_ids (B, 6); timesteps (B,) int64;
-    alphas_cumprod (1000,) fp32 on the device of the rest. The noise schedule and the loss are fp32; the U-Net
-    runs in its own dtype.
+    alphas_cumprod (1000,) fp32, all on one device. The noise schedule and the loss are fp32; the U-Net runs in its
+    own dtype.
     """
-    dtype = next(unet.parameters()).dtype  # diffusers' own `unet.dtype` walks through every module
+    dtype = next(unet.parameters()).dtype  # faster than diffusers' `unet.dtype`, which visits every module
     alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)  # (B, 1, 1, 1) fp32
     noisy = alpha.sqrt() * latents.float() + (1 - alpha).sqrt() * noise.float()
     added = {"text_embeds": pooled.to(dtype), "time_ids": time_ids.to(dtype)}
@@ -28,12 +28,12 @@ def diffusion_loss(unet, latents, prompt_embeds, pooled, time_ids, timesteps, no
 
 
 class Plain:
-    """A run's micro-batches as they are: the U-Net with peft's LoRA in fp32, or in fp16 under autocast.
+    """The plain engine of a run's micro-batches: the U-Net with peft's LoRA in fp32, or in fp16 under autocast.
 
-    `lean.Lean` computes the same with less memory and fewer kernels.
+    `memory.lean.Lean` computes the same with less memory and fewer kernels.
     """
 
-    news = ()  # lines for people: there are none
+    notes = ()  # messages for the user: none
 
     def __init__(self, unet, parameters, recompute: bool = False):
         self.unet, self.parameters = unet, parameters
@@ -41,13 +41,13 @@ class Plain:
         unet.enable_gradient_checkpointing() if recompute else unet.disable_gradient_checkpointing()
 
     def context(self):
-        """What the U-Net must run in, wherever it is used."""
+        """The context that the U-Net must run in, wherever it is used."""
         if self.half:
             return torch.autocast(self.unet.device.type, dtype=torch.float16)
         return contextlib.nullcontext()
 
     def accumulate(self, inputs: dict[str, torch.Tensor], seed: torch.Tensor) -> torch.Tensor:
-        """Losses (B,) of what `diffusion_loss` takes; adds the gradients of seed (B,) * losses to the parameters'."""
+        """Losses (B,) of a micro-batch (inputs of `diffusion_loss`); adds the gradients of seed (B,) * losses."""
         with self.context():
             losses = diffusion_loss(self.unet, **inputs)
         losses.backward(seed)
@@ -58,34 +58,34 @@ class Plain:
             parameter.grad = None
 
     def refresh(self) -> None:
-        """After each change of the LoRA's weights: nothing is derived from them."""
+        """To call after each change of the LoRA weights; nothing here depends on them."""
 
     def release(self) -> bool:
-        """Before others need the GPU's memory. False: nothing is held between micro-batches."""
+        """Frees GPU memory for others. False: this engine holds nothing between micro-batches."""
         return False
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What one update sees, E pictures in all: a function of (seed, step) alone, on the CPU."""
+    """The random inputs of one update, for its E pictures: they depend only on (seed, step). On the CPU."""
 
-    indices: np.ndarray  # (E,) places in the training set
-    timesteps: torch.Tensor  # (E,) int64, one in each of E equal strata, shuffled
-    noise: list[torch.Tensor]  # E times (4, h, w) fp32
-    latent_noise: list[torch.Tensor]  # E times (4, h, w) fp32, for sampling the VAE's distribution
+    indices: np.ndarray  # (E,) positions in the training set
+    timesteps: torch.Tensor  # (E,) int64, one from each of E equal strata, shuffled
+    noise: list[torch.Tensor]  # E tensors (4, h, w), fp32
+    latent_noise: list[torch.Tensor]  # E tensors (4, h, w), fp32, to sample the VAE's distribution
     dropped: torch.Tensor  # (E,) bool, captions replaced by zeros
     flipped: torch.Tensor  # (E,) bool, pictures mirrored
 
 
 def steps_per_epoch(pictures: int, recipe) -> int:
-    """Updates in which each picture is seen once; the last may be short."""
+    """Updates that see each picture once; the last may be short."""
     return math.ceil(pictures / recipe.pictures_per_step)
 
 
 def draw(recipe, step: int, shapes: list[tuple[int, int, int]]) -> Draw:
-    """The draw of the update that follows `step` finished ones; `shapes` are the training latents' (4, h, w).
+    """The random inputs of the update after `step` finished ones; `shapes` are the training latents' (4, h, w).
 
-    Every epoch is a permutation: each picture once, the epoch's last update short if they don't divide.
+    An epoch is a permutation: it sees each picture once, and its last update may be short.
     """
     epoch, place = divmod(step, steps_per_epoch(len(shapes), recipe))
     order = np.random.default_rng((recipe.seed, epoch, 0)).permutation(len(shapes))
@@ -103,34 +103,32 @@ def draw(recipe, step: int, shapes: list[tuple[int, int, int]]) -> Draw:
         for flat in torch.randn(2, sum(sizes), generator=generator)
     )
     timesteps = torch.from_numpy((strata * 1000).astype(np.int64))
-    return Draw(
-        indices, timesteps, noise, latent_noise, torch.from_numpy(dropped), torch.from_numpy(flipped)
-    )
+    return Draw(indices, timesteps, noise, latent_noise, torch.from_numpy(dropped), torch.from_numpy(flipped))
 
 
 def micro_batches(draw: Draw, shapes: list[tuple[int, int, int]], size: int) -> list[list[int]]:
-    """Places in the draw, at most `size` together and all of one shape; in the draw's order where all are of one."""
-    return of_one_shape([shapes[i] for i in draw.indices], size)
+    """Positions in the draw, grouped into micro-batches of one shape and at most `size` pictures."""
+    return group_by_shape([shapes[i] for i in draw.indices], size)
 
 
-def of_one_shape(shapes, size: int) -> list[list[int]]:
-    """Places in `shapes`, at most `size` together and all of one shape."""
+def group_by_shape(shapes, size: int) -> list[list[int]]:
+    """Positions in `shapes`, in groups of one shape and at most `size`; each group in order."""
     groups: dict[tuple, list[int]] = {}
-    for place, shape in enumerate(shapes):
-        groups.setdefault(shape, []).append(place)
+    for position, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(position)
     return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
-def not_finite(number: int, draw: Draw, losses: list[float], names: tuple[str, ...]) -> str:
-    """What to say of update `number` (from 1) that can't be made: its pictures' `names` and timesteps.
+def describe_not_finite(number: int, draw: Draw, losses: list[float], names: tuple[str, ...]) -> str:
+    """The message for update `number` (from 1) whose loss or gradients are not finite.
 
-    Those whose loss isn't finite; all of them where it is the gradients alone.
+    It lists the pictures with such a loss, and their timesteps; all of them if only the gradients are not finite.
     """
     wrong = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
-    what, places = ("loss is", wrong) if wrong else ("gradients are", range(len(losses)))
-    named = [f"'{names[draw.indices[k]]}' (timestep {int(draw.timesteps[k])})" for k in places[:4]]
-    named += [f"{len(places) - 4} more"] if len(places) > 4 else []
+    what, which = ("loss is", wrong) if wrong else ("gradients are", range(len(losses)))
+    named = [f"'{names[draw.indices[k]]}' (timestep {int(draw.timesteps[k])})" for k in which[:4]]
+    named += [f"{len(which) - 4} more"] if len(which) > 4 else []
     return (
-        f"step {number}: the {what} not finite for {' and '.join(named)}; the run stops before harm is done: check "
-        f"these pictures, or use a lower learning rate from here"
+        f"step {number}: the {what} not finite for {' and '.join(named)}; the run stops and keeps the LoRA as "
+        f"it was before this step: check these pictures, or use a lower learning rate from here"
     )

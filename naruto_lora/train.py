@@ -1,4 +1,4 @@
-"""The training loop: a recipe in, a LoRA file and the run's record out."""
+"""The training loop: from a recipe to LoRA files and the run's record."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .memory.fallback import Fallback, Rung
 from .progress import Listener
 
 MAX_GRAD_NORM = 1.0
-RETRIES = 16  # times that an overflowing update is tried again, at half the loss scale each
+RETRIES = 16  # tries of an update whose fp16 gradients overflow, each at half the loss scale
 
 
 def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=None, mirror=None) -> dict:
     """Trains `recipe` in the folder `out`, resuming from its newest checkpoint; returns the run's record.
 
-    Leaves in `out` pytorch_lora_weights.safetensors (diffusers), <recipe's name>.safetensors (ComfyUI, A1111) and
-    run.json. `mirror` is a second folder (Google Drive) for all that must outlive this machine. `show` is as in
-    `progress`. Raises what `begin` raises, before anything is trained, and what `Run.to_the_end` does.
+    Writes pytorch_lora_weights.safetensors (diffusers), <recipe's name>.safetensors (ComfyUI, A1111) and run.json to
+    `out`. `mirror` is a second folder (on Google Drive) for copies that outlive this machine; `show` as in `progress`.
+    Raises what `begin` raises, before any training, and what `Run.to_the_end` raises.
     """
     run = begin(recipe, out, cache_folder, show, mirror)
     run.to_the_end()
@@ -39,225 +39,221 @@ def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
 def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, rungs=None) -> Run:
     """A run ready for its next update: data checked and encoded, U-Net with LoRA loaded, checkpoint restored.
 
-    `rungs` are the ways to compute it (`memory.fallback.Rung`), each taking less memory than the one before; without
-    them `memory.plan` chooses for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with one
-    sentence for what is missing or wrong, cheapest checks first.
+    `rungs` are ways to compute it (`memory.fallback.Rung`), each with less memory than the one before; by default
+    `memory.plan` chooses them for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with
+    one sentence on what is missing or wrong; the cheapest checks come first.
     """
     begun, recipe, show = time.time(), recipes.load(recipe), Listener(show)
     device = models.device_for(recipe.precision)
     folder = checkpoint.RunFolder(out, mirror, show)
     models.check_base(recipe.base, recipe.vae)
-    examples, held = data.split(data.load(recipe.dataset), recipe.holdout)
-    found = folder.newest()
-    sources = checkpoint.sources_of(recipe, examples, held)
-    for path in found:  # the older one too: another run's checkpoints would be rotated away
+    training, holdout = data.split(data.load(recipe.dataset), recipe.holdout)
+    checkpoints = folder.newest()
+    sources = checkpoint.sources_of(recipe, training, holdout)
+    for path in checkpoints:  # also the older one: this run would delete another run's checkpoints
         checkpoint.refuse_changes(recipe, sources, checkpoint.read_state(path), path.parent)
     gpu.free()
-    gpu.expandable()
-    card = gpu.Card.here(device)  # before anything is on it
+    gpu.use_expandable_segments()
+    card = gpu.Card.here(device)  # while the GPU is still empty
     if rungs is None:
-        rungs = _rungs(recipe, card, recipe.steps - (checkpoint.step_of(found[0]) if found else 0), show)
-    encoded = _encode(recipe, folder, cache_folder, examples, held, show)
+        done = checkpoint.step_of(checkpoints[0]) if checkpoints else 0
+        rungs = _rungs(recipe, card, recipe.steps - done, show)
+    encoded = _encode(recipe, folder, cache_folder, training, holdout, show)
 
     gpu.free()
     gpu.reset_peak()
     unet = models.load_unet(recipe.base, models.DTYPES[recipe.precision], device)
     parameters = lora.inject(unet, recipe.rank, recipe.alpha, recipe.seed)
-    checkpoint.enough_disk(folder.out, parameters)
+    checkpoint.check_disk(folder.out, parameters)
     if rungs[0].lean and (reason := lean.unsupported(unet)):
         show.note(f"the plain step, not the lean one: {reason}")
-        rungs = _rungs(recipe, card, 0, show, fast=False)
-    trained, held = encoded.part(0, len(examples)), encoded.part(len(examples), len(encoded))
-    run = Run(recipe, unet, parameters, trained, held, folder, rungs, sources, begun)
-    run.resume(found)
+        rungs = _rungs(recipe, card, 0, show, allow_lean=False)
+    training_set, holdout_set = encoded.part(0, len(training)), encoded.part(len(training), len(encoded))
+    run = Run(recipe, unet, parameters, training_set, holdout_set, folder, rungs, sources, begun)
+    run.resume(checkpoints)
     return run
 
 
-def _rungs(recipe, card: gpu.Card, steps_left: int, show, fast: bool = True) -> list[Rung]:
-    """The ways to compute `recipe` on this machine, the chosen one first; says which. On a CPU the plain step."""
-    made = plans.plan(recipe, card, steps_left, lean=fast and card.cuda)
+def _rungs(recipe, card: gpu.Card, steps_left: int, show, allow_lean: bool = True) -> list[Rung]:
+    """The ways to compute `recipe` on this machine, the chosen one first, which it shows. On a CPU: the plain step."""
+    made = plans.plan(recipe, card, steps_left, lean=allow_lean and card.cuda)
     if card.cuda:
         show.note(made.sentence())
     return made.rungs
 
 
-def _encode(recipe, folder: checkpoint.RunFolder, cache_folder, examples, held, show) -> cache.Cache:
-    """The training pictures, then the hold-out, encoded; the cache lies beside the run's folder and its mirror."""
+def _encode(recipe, folder: checkpoint.RunFolder, cache_folder, training, holdout, show) -> cache.Cache:
+    """The training set, then the hold-out, encoded; by default the cache is beside the run's folder and its mirror."""
     place = Path(cache_folder) if cache_folder else folder.out.parent / "cache"
     copies = folder.mirror and folder.mirror.parent / "cache"
-    return cache.encode(examples + held, recipe, place, show, copies, held=len(held))
+    return cache.encode(training + holdout, recipe, place, show, copies, held=len(holdout))
 
 
 class Run:
-    """A training run: everything that an update reads or changes. `folder` is where it is saved."""
+    """A training run: everything that an update reads or changes, and the `folder` that keeps it."""
 
-    def __init__(self, recipe, unet, parameters, trained, held, folder, rungs=None, sources=None, begun=None):
+    def __init__(self, recipe, unet, parameters, training, holdout, folder, rungs=None, sources=None, begun=None):
         self.recipe, self.unet, self.parameters = recipe, unet, parameters
-        self.trained, self.held, self.device = trained, held, unet.device
+        self.training_set, self.holdout_set, self.device = training, holdout, unet.device
         self.folder, self.show, self.sources = folder, folder.show, sources or {}
         self.alphas_cumprod = models.load_alphas_cumprod(recipe.base).to(self.device)
         self.optimizer = make_optimizer(parameters, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "fp16")
         self.fallback = Fallback(unet, parameters, rungs or [Rung(recipe.batch, lean=False)], self.show)
         self.validation = Validation(
-            recipe, unet, trained, held, self.alphas_cumprod, self.fallback, folder, self.show
+            recipe, unet, training, holdout, self.alphas_cumprod, self.fallback, folder, self.show
         )
-        self.step, self.holdout = 0, None  # updates done; the newest mean hold-out loss
+        self.step, self.holdout_loss = 0, None  # finished updates; the newest mean hold-out loss
         self.record = {"losses": [], "holdout": {}, "best_step": None, "seconds": 0.0}
         self.forecast, self.interrupts = session.Forecast(recipe, begun or time.time()), session.Interrupts()
-        self.half_changed = False  # inside the optimizer's step, where some weights are new and some old
+        self.half_changed = False  # True while the optimizer changes the weights
 
     @property
     def engine(self):
-        """What computes the micro-batches now: `step.Plain` or `memory.lean.Lean`."""
+        """The engine that computes micro-batches: `step.Plain` or `memory.lean.Lean`; the fallback can replace it."""
         return self.fallback.engine
 
-    def resume(self, found: list[Path]) -> None:
-        """Restores the first checkpoint of `found` that can be read; without one the run begins at step 0."""
-        for path in found:
+    def resume(self, checkpoints: list[Path]) -> None:
+        """Restores the first of `checkpoints` that can be read; without one the run starts at step 0."""
+        for path in checkpoints:
             try:
-                here = self.folder.bring(path)
-            except OSError as error:  # a mirror that can't be read after all
+                local = self.folder.local(path)
+            except OSError as error:  # the mirror can't be read
                 self.show.note(f"{path} can't be copied ({error.strerror or error})")
                 continue
-            state = checkpoint.read_state(here)
-            checkpoint.restore(here, self.unet, self.optimizer)
+            state = checkpoint.read_state(local)
+            checkpoint.restore(local, self.unet, self.optimizer)
             self.engine.refresh()
-            self.step, self.record, self.folder.saved = state["step"], state["record"], state["step"]
+            self.step, self.record, self.folder.saved_step = state["step"], state["record"], state["step"]
             self.scaler.load_state_dict(state["scaler"])
-            self.folder.mirror_checkpoint(here, self.record["best_step"])
-            self.show.note(f"resumes from {path}, at {self._place()}")
+            self.folder.mirror_checkpoint(local, self.record["best_step"])
+            self.show.note(f"resumes from {path}, at {self._position()}")
             return
 
     def to_the_end(self) -> None:
-        """Runs the updates that are left, or as many as `max_minutes` allow.
+        """Runs the remaining updates, or as many as `max_minutes` allow.
 
-        Ctrl-C, a kernel's interrupt and SIGTERM save a checkpoint first; then KeyboardInterrupt or SystemExit is
-        raised. Raises RuntimeError for a step that isn't finite, OSError for a full disk.
+        On Ctrl-C, a kernel's interrupt or SIGTERM it saves a checkpoint, then raises KeyboardInterrupt or SystemExit.
+        Raises RuntimeError for a loss or gradients that are not finite, OSError for a full disk.
         """
         with self.interrupts:
             try:
                 self._loop()
             except session.Interrupted:
                 self.save()
-                self.show.note(f"interrupted at {self._place()}, {self.folder.where()}")
-        self.interrupts.pass_on()
+                self.show.note(f"interrupted at {self._position()}, {self.folder.saved_where()}")
+        self.interrupts.raise_received()
 
     def _loop(self) -> None:
-        recipe, calibrated = self.recipe, self.step + session.CALIBRATION
-        earlier = self.record["seconds"] - self.forecast.elapsed()
-        if self._due(recipe.measure_every):  # at the start, or where an interrupt cut a measurement short
+        recipe, first_forecast = self.recipe, self.step + session.CALIBRATION
+        seconds_before = self.record["seconds"] - self.forecast.elapsed()
+        if self._due(recipe.measure_every):  # step 0, or one whose measurement was interrupted
             self.measure()
         while self.step < recipe.steps:
             if self.forecast.over_budget():
                 self.save()
-                minutes = f"max_minutes = {recipe.max_minutes:g}"
-                self.show.note(f"stopped by {minutes} at {self._place()}, {self.folder.where()}")
+                budget = f"max_minutes = {recipe.max_minutes:g}"
+                self.show.note(f"stopped by {budget} at {self._position()}, {self.folder.saved_where()}")
                 return
-            loss, norm = self._update_or_save()
+            loss, grad_norm = self._update_or_save()
             self.step += 1
             self.record["losses"].append(loss)
-            self.record["seconds"] = earlier + self.forecast.elapsed()
-            self.show("training", self.step, recipe.steps, **self._figures(loss, norm))
-            if self.step == calibrated < recipe.steps:
+            self.record["seconds"] = seconds_before + self.forecast.elapsed()
+            self.show("training", self.step, recipe.steps, **self._figures(loss, grad_norm))
+            if self.step == first_forecast < recipe.steps:
                 self.show.note(self.forecast.sentence(self.step))
-            measured = self._due(recipe.measure_every)
-            if measured:
+            measure_due = self._due(recipe.measure_every)
+            if measure_due:
                 self.measure()
-            if measured or self._due(recipe.save_every) or self._save_overdue():
+            if measure_due or self._due(recipe.save_every) or self._save_overdue():
                 self.save()
 
     def _update_or_save(self) -> tuple[float, float]:
+        """`update`; if it fails, saves the updates before it, unless the weights are half changed."""
         try:
             with self.forecast.timed("update"):
                 result = self.update()
-        except RuntimeError:  # out of memory, or not finite: what is trained is saved, if it isn't half changed
+        except RuntimeError:  # out of memory, or not finite
             if not self.half_changed:
                 with contextlib.suppress(OSError):
                     self.save()
             raise
-        for text in self.engine.news:
+        for text in self.engine.notes:
             self.show.once(text)
         return result
 
     def update(self) -> tuple[float, float]:
         """One optimizer step over `batch * accumulation` pictures; returns its mean loss and gradient norm.
 
-        If its gradients overflow, the same step is tried again at half the loss scale: a skipped update is no step.
-        Raises RuntimeError, naming pictures and timesteps, if its loss or, after some tries, its gradients are not
-        finite; the weights are then as they were.
+        If fp16 gradients overflow, it tries the same step again at half the loss scale: no step is skipped. If the
+        loss, or after RETRIES tries the gradients, are not finite, it leaves the weights unchanged and raises
+        RuntimeError with the names of pictures and their timesteps.
         """
-        draw = step.draw(self.recipe, self.step, self.trained.shapes)
+        draw = step.draw(self.recipe, self.step, self.training_set.shapes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.recipe.learning_rate(self.step)
-        scale = None
+        scaler_before = None
         for _ in range(RETRIES):
             losses = self.fallback.run(functools.partial(self._accumulate, draw), self.step + 1)
             self.scaler.unscale_(self.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
-            *losses, norm = torch.cat([losses, norm[None]]).tolist()  # the step's one read-back
-            if math.isfinite(norm):
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+            *losses, grad_norm = torch.cat([losses, grad_norm[None]]).tolist()  # the step's only copy from the GPU
+            if math.isfinite(grad_norm):
                 self.half_changed = True
                 self.optimizer.step()
                 self.engine.refresh()
                 self.half_changed = False
                 self.scaler.update()
-                return statistics.fmean(losses), norm
-            scale = scale or self.scaler.state_dict()
+                return statistics.fmean(losses), grad_norm
+            scaler_before = scaler_before or self.scaler.state_dict()
             self.scaler.update()  # halves the loss scale
             if not (self.scaler.is_enabled() and all(map(math.isfinite, losses))):
                 break
-        self.scaler.load_state_dict(scale)  # a resumed run starts with the scale that worked
-        raise RuntimeError(step.not_finite(self.step + 1, draw, losses, self.trained.names))
+        self.scaler.load_state_dict(scaler_before)  # so that a resumed run starts with the scale that worked
+        raise RuntimeError(step.describe_not_finite(self.step + 1, draw, losses, self.training_set.names))
 
     def _accumulate(self, draw: step.Draw) -> torch.Tensor:
-        """Gradients of the mean loss over the whole draw, in micro-batches; the losses (E,), on the device."""
+        """Computes the gradients of the draw's mean loss, in micro-batches; returns the losses (E,) on the device."""
         self.engine.zero_grad()
         size, losses = self.fallback.rung.batch, []
-        count, parts = len(draw.indices), step.micro_batches(draw, self.trained.shapes, size)
-        for part in parts:
+        count, micro_batches = len(draw.indices), step.micro_batches(draw, self.training_set.shapes, size)
+        for positions in micro_batches:
             self.interrupts.check()
-            seed = self.scaler.scale(torch.full((len(part),), 1 / count, device=self.device))
-            losses.append(self.engine.accumulate(self._inputs(draw, part), seed))
-        order = torch.tensor([place for part in parts for place in part]).argsort()
+            seed = self.scaler.scale(torch.full((len(positions),), 1 / count, device=self.device))
+            losses.append(self.engine.accumulate(self._inputs(draw, positions), seed))
+        order = torch.tensor([position for positions in micro_batches for position in positions]).argsort()
         return torch.cat(losses)[gpu.send(order, self.device)]
 
-    def _inputs(self, draw: step.Draw, part: list[int]) -> dict[str, torch.Tensor]:
-        """What `diffusion_loss` takes, for the pictures at the places `part` of `draw`."""
-        latent_noise = [draw.latent_noise[k] for k in part]
-        inputs = self.trained.batch(
-            draw.indices[part], latent_noise, draw.dropped[part], draw.flipped[part], self.device
-        )
+    def _inputs(self, draw: step.Draw, at: list[int]) -> dict[str, torch.Tensor]:
+        """The inputs of `diffusion_loss` for the positions `at` in the draw."""
+        indices, latent_noise = draw.indices[at], [draw.latent_noise[k] for k in at]
+        inputs = self.training_set.batch(indices, latent_noise, draw.dropped[at], draw.flipped[at], self.device)
         return inputs | {
-            "timesteps": gpu.send(draw.timesteps[part], self.device),
-            "noise": gpu.send(torch.stack([draw.noise[k] for k in part]), self.device),
+            "timesteps": gpu.send(draw.timesteps[at], self.device),
+            "noise": gpu.send(torch.stack([draw.noise[k] for k in at]), self.device),
             "alphas_cumprod": self.alphas_cumprod,
         }
 
     def measure(self) -> None:
-        """The hold-out loss at this step, and previews."""
-        with self.forecast.timed("measure"), self.interrupts.at_once():
-            self.holdout = self.validation.measure(self.step, self.record)
+        """Measures the hold-out loss at this step and draws previews."""
+        with self.forecast.timed("measure"), self.interrupts.immediate():
+            self.holdout_loss = self.validation.measure(self.step, self.record)
 
     def save(self) -> None:
-        """Writes checkpoint-<step> and its copy in the mirror, unless that is done; drops the oldest."""
-        if self.folder.saved == self.step:
+        """Writes checkpoint-<step>, here and in the mirror, unless it is there; removes old ones."""
+        if self.folder.saved_step == self.step:
             return
-        state = {
-            "recipe": json.loads(self.recipe.to_json()),
-            "sources": self.sources,
-            "record": self.record,
-            "scaler": self.scaler.state_dict(),
-        }
+        state = {"recipe": json.loads(self.recipe.to_json()), "sources": self.sources, "record": self.record}
+        state["scaler"] = self.scaler.state_dict()
         with self.forecast.timed("save"):
             self.folder.save(self.step, self.unet, self.optimizer, state)
 
     def finish(self) -> dict:
-        """Saves the LoRA as it is now, and the record, in the run's folder; returns the record. Raises OSError."""
+        """Writes the current LoRA and the record to the run's folder; returns the record. Raises OSError."""
         record = self.record | {
             "recipe": json.loads(self.recipe.to_json()),
             "step": self.step,
-            "pictures": {"training": len(self.trained), "holdout": len(self.held)},
+            "pictures": {"training": len(self.training_set), "holdout": len(self.holdout_set)},
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "peak_gib": gpu.peak_gib(),
             "adapter": str(self.folder.out / lora.FILE),
@@ -271,15 +267,15 @@ class Run:
     def _save_overdue(self) -> bool:
         return 0 < self.recipe.save_minutes <= (time.time() - self.folder.saved_at) / 60
 
-    def _place(self) -> str:
+    def _position(self) -> str:
         return f"step {self.step} of {self.recipe.steps}"
 
-    def _figures(self, loss: float, norm: float) -> dict:
+    def _figures(self, loss: float, grad_norm: float) -> dict:
         return {
             "loss": loss,
             "lr": self.recipe.learning_rate(self.step - 1),
-            "grad_norm": norm,
-            "holdout": self.holdout,
+            "grad_norm": grad_norm,
+            "holdout": self.holdout_loss,
             "images_per_second": self.recipe.pictures_per_step / self.forecast.update(),
             "peak_gib": gpu.peak_gib(),
             "left": self.forecast.seconds(self.step, self.recipe.steps),
@@ -287,14 +283,14 @@ class Run:
 
 
 def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
-    """8-bit AdamW (bitsandbytes, arXiv 2110.02861) on CUDA; on the CPU torch's AdamW, the same rule in 32 bits."""
+    """8-bit AdamW (bitsandbytes, arXiv 2110.02861) on CUDA; on the CPU torch's AdamW, the same in 32 bits."""
     if device.type != "cuda":
         return torch.optim.AdamW(parameters, weight_decay=1e-2, fused=True)
     try:
-        from .memory.adam import AdamW8bitTogether
+        from .memory.adam import JoinedAdamW8bit
     except ImportError:
         raise RuntimeError("8-bit Adam needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    return AdamW8bitTogether(parameters, weight_decay=1e-2)
+    return JoinedAdamW8bit(parameters, weight_decay=1e-2)
 
 
 call_as(__name__, train)

@@ -1,10 +1,10 @@
-"""Shared fixtures: the embedded base, a small data set, a recipe of a few steps, and what it trained."""
+"""Shared fixtures: the embedded base, a small data set, a recipe of a few steps, and the run that it trains."""
 
 import io
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # set before the hub's client is imported: no test waits for a network
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU everywhere, so that bit-equality means the same on every machine
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported, so that no test waits for a network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU everywhere, so that equal bits mean the same on every machine
 
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -29,7 +29,7 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def plan(base, pictures) -> recipe.Recipe:
-    """Six steps of 2 x 3 pictures at 32 px, alpha other than rank, a rate at which they show."""
+    """A recipe: six steps of 2 x 3 pictures at 32 px, alpha unlike rank, a learning rate with a visible effect."""
     return recipe.Recipe(
         "few", (recipe.Leg(4, 2e-2), recipe.Leg(6, 1e-2, "cosine")), resolution=32, batch=3, accumulation=2, rank=4,
         alpha=10, caption_dropout=0.25, holdout=0.15, precision="fp32", save_every=2, base=base, vae="",
@@ -66,20 +66,20 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def trained(plan, cache_folder, tmp_path_factory) -> Trained:
-    """`plan`, trained to its end without a stop."""
+    """`plan`, trained without interruption."""
     folder = tmp_path_factory.mktemp("runs") / plan.name
     return Trained(folder, train.train(plan, folder, cache_folder))
 
 
 @pytest.fixture(scope="session")
 def pipe(base, trained):
-    """The base with the adapter 'style', which every test must find and leave on the Euler sampler."""
+    """The base with the adapter 'style'. Each test must leave it on the Euler sampler."""
     return pipeline.load(base, adapters={"style": trained.folder})
 
 
 @pytest.fixture(scope="session")
 def mixed(plan, tmp_path_factory):
-    """Square, wide and tall pictures in buckets, encoded also mirrored: (recipe, cache)."""
+    """(recipe, cache) with square, wide and tall pictures in buckets, also mirrored."""
     examples = []
     for number, (wide, high) in enumerate([(64, 64), (96, 40), (40, 96), (64, 60), (90, 40), (33, 80)]):
         picture = Image.effect_noise((wide, high), 60 + number).convert("RGB")
@@ -91,7 +91,7 @@ def mixed(plan, tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The package in figures, beside the bounds that `whole/test_structure.py` holds them to."""
+    """Prints the package's figures beside the bounds that `whole/test_structure.py` checks."""
     import structure
 
     terminalreporter.section("the package in figures")

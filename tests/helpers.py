@@ -1,4 +1,4 @@
-"""What several tests use: a display that remembers, a stop at a step, files that must be equal."""
+"""Helpers of several tests: a display that records, a stop after a step, a comparison of LoRA files."""
 
 from naruto_lora import lora
 
@@ -8,7 +8,7 @@ def same_adapter(one, two):
 
 
 class Stop(Exception):
-    """What a disconnection is here: raised from `show`."""
+    """Stands for a disconnection; `show` raises it."""
 
 
 def stop_after(steps):
@@ -20,7 +20,7 @@ def stop_after(steps):
 
 
 class Watcher:
-    """A display that remembers: what it was shown, and its notes. `act` is called with the step of each update."""
+    """A display that records its calls and notes, and calls `act` with the step of each update."""
 
     def __init__(self, act=lambda step: None):
         self.seen, self.notes, self.act = [], [], act

@@ -1,4 +1,4 @@
-"""Encode once: right values, nothing twice, a killed run goes on."""
+"""Encode once: right values, nothing twice, and a killed run continues."""
 
 import errno
 import io
@@ -22,7 +22,7 @@ from naruto_lora.reading import picture
 
 @pytest.fixture
 def encoders(monkeypatch):
-    """Counts what the encoders are given: {"captions": ..., "pictures": ...}."""
+    """Counts what the encoders encode: {"captions": ..., "pictures": ...}."""
     counts = {"captions": 0, "pictures": 0}
 
     def counting(kind, function):
@@ -37,8 +37,8 @@ def encoders(monkeypatch):
     return counts
 
 
-def drawn(rows, plan, folder, counts, show=None):
-    """What encoding `rows` into `folder` cost: (captions, pictures)."""
+def encoded_count(rows, plan, folder, counts, show=None):
+    """Encodes `rows` into `folder`; how many (captions, pictures) the encoders got."""
     counts.update(captions=0, pictures=0)
     made = cache.encode(rows, plan, folder, show)
     assert len(made) == len(rows)
@@ -69,30 +69,30 @@ def test_cached_is_what_the_pipeline_would_encode(plan, examples, encoded, pipe)
 def test_only_what_is_new_is_encoded(plan, examples, tmp_path, encoders):
     rows = examples[0][:6]
     captions = len({e.caption for e in rows})
-    assert drawn(rows, plan, tmp_path, encoders) == (captions, 6)
-    assert drawn(rows, plan, tmp_path, encoders) == (0, 0)
-    assert drawn(rows[::-1], plan, tmp_path, encoders) == (0, 0)
-    other = [Example(rows[0].name, "a caption of its own", rows[0].source), *rows[1:]]
-    assert drawn(other, plan, tmp_path, encoders) == (1, 0)
+    assert encoded_count(rows, plan, tmp_path, encoders) == (captions, 6)
+    assert encoded_count(rows, plan, tmp_path, encoders) == (0, 0)
+    assert encoded_count(rows[::-1], plan, tmp_path, encoders) == (0, 0)
+    other = [Example(rows[0].name, "a new caption", rows[0].source), *rows[1:]]
+    assert encoded_count(other, plan, tmp_path, encoders) == (1, 0)
     changed = [Example(rows[0].name, rows[0].caption, examples[0][9].read()), *rows[1:]]
-    assert drawn(changed, plan, tmp_path, encoders) == (0, 1)
-    assert drawn(rows, plan.replace(resolution=64), tmp_path, encoders) == (0, 6)
-    assert drawn(rows, plan, tmp_path, encoders) == (0, 0)
+    assert encoded_count(changed, plan, tmp_path, encoders) == (0, 1)
+    assert encoded_count(rows, plan.replace(resolution=64), tmp_path, encoders) == (0, 6)
+    assert encoded_count(rows, plan, tmp_path, encoders) == (0, 0)
 
 
-def test_another_models_encodings_are_not_taken(plan, examples, tmp_path, encoders, base):
+def test_another_models_encodings_are_not_used(plan, examples, tmp_path, encoders, base):
     rows, folder, other = examples[0][:2], tmp_path / "cache", plan.replace(base=str(tmp_path / "base"))
     shutil.copytree(base, other.base)
-    drawn(rows, plan, folder, encoders)
-    assert drawn(rows, other, folder, encoders) == (0, 0)  # moved, but the same
+    encoded_count(rows, plan, folder, encoders)
+    assert encoded_count(rows, other, folder, encoders) == (0, 0)  # moved, but the same
     file = tmp_path / "base" / "text_encoder" / "model.safetensors"
     save_file({name: value * 1.01 for name, value in load_file(file).items()}, file)
-    assert drawn(rows, other, folder, encoders) == (2, 2)
-    assert drawn(rows, plan.replace(vae=str(tmp_path / "base" / "vae")), folder, encoders) == (0, 2)
+    assert encoded_count(rows, other, folder, encoders) == (2, 2)
+    assert encoded_count(rows, plan.replace(vae=str(tmp_path / "base" / "vae")), folder, encoders) == (0, 2)
 
 
 def many(examples, count=20):
-    """`count` examples with captions of their own and as many different pictures as there are."""
+    """`count` examples, each with its own caption; the pictures repeat."""
     return [Example(str(n), f"caption {n}", examples[0][n % len(examples[0])].source) for n in range(count)]
 
 
@@ -100,20 +100,20 @@ def shards(folder, kind="latents"):
     return sorted((folder / kind).glob("*.safetensors"))
 
 
-def test_entries_lie_in_few_files(plan, examples, tmp_path, encoders, monkeypatch):
-    drawn(many(examples, 150), plan, tmp_path, encoders)
+def test_entries_are_in_few_files(plan, examples, tmp_path, encoders, monkeypatch):
+    encoded_count(many(examples, 150), plan, tmp_path, encoders)
     assert [len(shards(tmp_path, kind)) for kind in ("prompts", "latents")] == [3, 1]  # 64 + 64 + 22 captions
     monkeypatch.setattr(cache, "SHARD_BYTES", 10_000)
-    drawn(examples[0][:9], plan.replace(resolution=40), tmp_path, encoders)  # 2 x 4 x 10 x 10 fp32 and 24 bytes each
+    encoded_count(examples[0][:9], plan.replace(resolution=40), tmp_path, encoders)  # 2 x 4 x 10 x 10 fp32, 24 bytes
     assert len(shards(tmp_path)) == 1 + 3  # 4 + 4 + 1 pictures
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3])
-def test_a_killed_run_goes_on_from_its_last_finished_shard(plan, examples, tmp_path, encoders, monkeypatch, batches):
+def test_a_killed_run_continues_from_its_last_finished_shard(plan, examples, tmp_path, encoders, monkeypatch, batches):
     rows = many(examples)
     captions, pictures = len(rows), len({e.read() for e in rows})
     monkeypatch.setattr(cache, "SHARD_ENTRIES", 6)
-    monkeypatch.setattr(cache, "_parts", lambda keys, size: [keys[n : n + 4] for n in range(0, len(keys), 4)])
+    monkeypatch.setattr(cache, "_batches", lambda keys, size: [keys[n : n + 4] for n in range(0, len(keys), 4)])
 
     def kill_at(phase_killed):
         seen = []
@@ -133,23 +133,23 @@ def test_a_killed_run_goes_on_from_its_last_finished_shard(plan, examples, tmp_p
     with pytest.raises(KeyboardInterrupt):
         cache.encode(rows, plan, tmp_path, kill_at("pictures"))
     assert encoders["captions"] == captions - finished
-    told = []
-    assert drawn(rows, plan, tmp_path, encoders, lambda *news: told.append(news)) == (0, pictures - finished)
-    assert told[0] == ("pictures", 4, pictures - finished) and told[-1] == ("pictures", *[pictures - finished] * 2)
+    shown = []
+    assert encoded_count(rows, plan, tmp_path, encoders, lambda *call: shown.append(call)) == (0, pictures - finished)
+    assert shown[0] == ("pictures", 4, pictures - finished) and shown[-1] == ("pictures", *[pictures - finished] * 2)
 
 
-def test_what_a_dead_run_was_writing_is_cleared_away(plan, examples, tmp_path, encoders):
-    drawn(examples[0][:1], plan, tmp_path, encoders)
+def test_unfinished_files_of_a_killed_run_are_removed(plan, examples, tmp_path, encoders):
+    encoded_count(examples[0][:1], plan, tmp_path, encoders)
     old, new = (tmp_path / "latents" / f"{name}.safetensors.77.writing" for name in ("old", "new"))
     for file in (old, new):
         file.write_bytes(b"half a file")
     os.utime(old, (time.time() - 7200,) * 2)
-    drawn(examples[0][:1], plan, tmp_path, encoders)
+    encoded_count(examples[0][:1], plan, tmp_path, encoders)
     assert not old.exists() and new.exists()  # the new one may be another run's
 
 
 @pytest.mark.parametrize("share", [0.0, 0.0005, 0.02, 0.5, 0.9999])
-def test_a_shard_that_is_cut_short_is_made_again(plan, examples, tmp_path, encoders, capsys, monkeypatch, share):
+def test_a_truncated_shard_is_encoded_again(plan, examples, tmp_path, encoders, capsys, monkeypatch, share):
     monkeypatch.setattr(cache, "SHARD_ENTRIES", 3)
     rows = examples[0][:7]
     before = values(cache.encode(rows, plan, tmp_path))
@@ -159,9 +159,9 @@ def test_a_shard_that_is_cut_short_is_made_again(plan, examples, tmp_path, encod
         lost = len({name[:32] for name in shard.keys()})
     content = broken.read_bytes()
     broken.write_bytes(content[: int(share * len(content))])
-    assert drawn(rows, plan, tmp_path, encoders) == (0, lost)
-    told = capsys.readouterr().out
-    assert f"'{broken}' in the cache is broken" in told and told.count("\n") == 1
+    assert encoded_count(rows, plan, tmp_path, encoders) == (0, lost)
+    printed = capsys.readouterr().out
+    assert f"'{broken}' in the cache is broken" in printed and printed.count("\n") == 1
     assert {path.name for path in shards(tmp_path)} == whole
     torch.testing.assert_close(values(cache.encode(rows, plan, tmp_path)), before)
 
@@ -173,8 +173,8 @@ def values(encoded, flipped=False):
     return encoded.batch(range(len(encoded)), noise, torch.zeros_like(turned), turned, "cpu")["latents"]
 
 
-def test_tensors_are_the_files_own_pages(encoded):
-    """Mapped, not copied: what is asked for twice lies in one place, inside the mapped file."""
+def test_tensors_are_memory_mapped(encoded):
+    """Read twice, a tensor has one address, inside the mapped file: it is not copied."""
     key = encoded.latents[0]
     one, two = (encoded.shards[key].get_tensor(f"{key}.mean") for _ in range(2))
     assert one.data_ptr() == two.data_ptr()
@@ -185,8 +185,8 @@ def test_tensors_are_the_files_own_pages(encoded):
         assert any(start <= one.data_ptr() < stop for start, stop in spans)
 
 
-def test_two_runs_at_once_share_and_do_no_harm(plan, examples, tmp_path, encoders):
-    """The second begins and ends while the first is at its pictures."""
+def test_two_runs_at_the_same_time_share_a_cache(plan, examples, tmp_path, encoders):
+    """The second begins and ends before the first encodes its pictures."""
     rows, inner = examples[0][:8], []
 
     def meanwhile(phase, done, total):
@@ -195,11 +195,11 @@ def test_two_runs_at_once_share_and_do_no_harm(plan, examples, tmp_path, encoder
 
     outer = cache.encode(rows, plan, tmp_path, meanwhile)
     torch.testing.assert_close(values(outer)[:5], values(inner[0]))
-    assert drawn(rows, plan, tmp_path, encoders) == (0, 0)
+    assert encoded_count(rows, plan, tmp_path, encoders) == (0, 0)
     assert not list(tmp_path.rglob("*.writing"))
 
 
-def test_a_full_disk_is_told_and_leaves_what_was_finished(plan, examples, tmp_path, encoders, monkeypatch):
+def test_a_full_disk_is_reported_and_finished_shards_stay(plan, examples, tmp_path, encoders, monkeypatch):
     monkeypatch.setattr(cache, "SHARD_ENTRIES", 4)
     whole, written = files.replace, []
 
@@ -215,30 +215,30 @@ def test_a_full_disk_is_told_and_leaves_what_was_finished(plan, examples, tmp_pa
         with pytest.raises(OSError, match=r"written \(No space left on device\): it needs \d+ MiB or more") as caught:
             cache.encode(rows, plan, tmp_path)
     assert str(tmp_path / "prompts") in str(caught.value) and "\n" not in str(caught.value)
-    assert drawn(rows, plan, tmp_path, encoders)[0] == 20 - 12
+    assert encoded_count(rows, plan, tmp_path, encoders)[0] == 20 - 12
 
 
-def test_a_cache_folder_that_is_none_is_named(plan, examples, tmp_path):
+def test_a_cache_folder_that_is_a_file_is_named(plan, examples, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OSError, match="the cache folder '.*' can't be used .*: choose another"):
         cache.encode(examples[0][:1], plan, tmp_path / "cache")
 
 
-def test_a_lost_cache_comes_back_from_its_mirror(plan, examples, tmp_path, encoders):
+def test_a_lost_cache_is_restored_from_its_mirror(plan, examples, tmp_path, encoders):
     rows, mirror = examples[0][:6], tmp_path / "drive"
     before = values(cache.encode(rows, plan, tmp_path / "cache", mirror=mirror))
     shutil.rmtree(tmp_path / "cache")
     encoders.update(captions=0, pictures=0)
     again = cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)
     assert encoders == {"captions": 0, "pictures": 0} and torch.equal(values(again), before)
-    shutil.rmtree(mirror)  # and what the mirror has lost goes there again
+    shutil.rmtree(mirror)  # a lost mirror is filled again
     cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)
     shutil.rmtree(tmp_path / "cache")
     cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)
     assert encoders == {"captions": 0, "pictures": 0}
 
 
-def test_only_wanted_shards_come_from_the_mirror(plan, examples, tmp_path):
+def test_only_needed_shards_are_copied_from_the_mirror(plan, examples, tmp_path):
     mirror = tmp_path / "drive"
     for part in (examples[0][:3], examples[0][3:6]):
         cache.encode(part, plan, tmp_path / "one", mirror=mirror)
@@ -248,7 +248,7 @@ def test_only_wanted_shards_come_from_the_mirror(plan, examples, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["absent", "a file", "full"])
-def test_a_mirror_that_fails_costs_a_note_and_nothing_more(plan, examples, tmp_path, encoders, monkeypatch, kind):
+def test_a_failing_mirror_gives_one_note_and_the_run_continues(plan, examples, tmp_path, encoders, monkeypatch, kind):
     mirror = tmp_path / "drive" / "cache" if kind == "absent" else tmp_path / "drive"
     if kind == "a file":
         mirror.write_text("in the place of a folder")
@@ -258,7 +258,7 @@ def test_a_mirror_that_fails_costs_a_note_and_nothing_more(plan, examples, tmp_p
     class Show:
         notes = []
 
-        def __call__(self, *news):
+        def __call__(self, *call):
             pass
 
         def note(self, text):
@@ -270,9 +270,9 @@ def test_a_mirror_that_fails_costs_a_note_and_nothing_more(plan, examples, tmp_p
     assert not (tmp_path / "drive").exists() or kind != "absent"
 
 
-def test_flips_encode_the_mirrored_pictures_alone_and_never_the_holdout(plan, examples, tmp_path, encoders):
+def test_flip_adds_only_mirrored_pictures_and_none_of_the_holdout(plan, examples, tmp_path, encoders):
     rows = examples[0][:5]
-    drawn(rows, plan, tmp_path, encoders)
+    encoded_count(rows, plan, tmp_path, encoders)
     encoders.update(captions=0, pictures=0)
     flip = plan.replace(flip=True)
     both = cache.encode(rows, flip, tmp_path, held=2)
@@ -290,14 +290,14 @@ def test_flips_encode_the_mirrored_pictures_alone_and_never_the_holdout(plan, ex
 
 
 def test_buckets_keep_each_pictures_shape(plan, examples, tmp_path, encoders, base):
-    """Alone or in a batch, a picture's latents are the VAE's of its crop to its bucket."""
+    """In every batch size, a picture's latents are the VAE's of its crop to its bucket."""
     rows = []
     for number, size in enumerate([(90, 40), (64, 64), (40, 90), (96, 44), (50, 52)]):
         buffer = io.BytesIO()
         Image.effect_noise(size, 80).convert("RGB").save(buffer, "PNG")
         rows.append(Example(str(number), f"caption {number}", buffer.getvalue()))
     square, bucketed = plan, plan.replace(buckets=True)
-    drawn(rows, square, tmp_path, encoders)
+    encoded_count(rows, square, tmp_path, encoders)
     made = cache.encode(rows, bucketed, tmp_path)
     assert encoders == {"captions": 5, "pictures": 10}
     assert made.shapes == tuple((4, h // 4, w // 4) for h, w in (picture.bucket(e.size(), 32) for e in rows))
@@ -321,7 +321,7 @@ def test_latents_that_are_not_finite_name_their_picture(plan, examples, tmp_path
         return moments
 
     monkeypatch.setattr(cache, "encode_pictures", broken)
-    with pytest.raises(ValueError, match=f"not finite for '{examples[0][1].name}'"):
+    with pytest.raises(ValueError, match=f"the VAE's latents of '{examples[0][1].name}' are not finite"):
         cache.encode(examples[0][:3], plan, tmp_path)
     assert not shards(tmp_path)
 
@@ -330,8 +330,8 @@ def threads():
     return {thread for thread in threading.enumerate() if thread is not threading.main_thread()}
 
 
-def test_decoding_runs_ahead_and_no_further(examples, monkeypatch):
-    """A GPU that is slower than the decoders must not fill the host's memory with pictures."""
+def test_decoding_runs_at_most_so_many_pictures_ahead(examples, monkeypatch):
+    """Pictures must not fill the host's memory where the GPU is slower than the decoders."""
     monkeypatch.setattr(data, "AHEAD", 5)
     rows, asked, before = examples[0] * 3, [], threads()
     pictures = data.decode_ahead((asked.append(n) or row, 32) for n, row in enumerate(rows))
@@ -343,16 +343,16 @@ def test_decoding_runs_ahead_and_no_further(examples, monkeypatch):
     assert threads() == before
 
 
-def test_the_next_batch_is_begun_before_one_is_handed_on(plan, examples, tmp_path, encoders, monkeypatch):
-    """So that a GPU is at work while the shard before is written."""
-    monkeypatch.setattr(cache, "_parts", lambda keys, size: [keys[n : n + 4] for n in range(0, len(keys), 4)])
-    told = []
-    cache.encode(examples[0][:14], plan, tmp_path, lambda *news: told.append((*news[:2], encoders["pictures"])))
-    assert [news[1:] for news in told if news[0] == "pictures"] == [(4, 8), (8, 12), (12, 14), (14, 14)]
+def test_the_next_batch_starts_before_one_is_yielded(plan, examples, tmp_path, encoders, monkeypatch):
+    """So that the GPU works while a shard is written."""
+    monkeypatch.setattr(cache, "_batches", lambda keys, size: [keys[n : n + 4] for n in range(0, len(keys), 4)])
+    shown = []
+    cache.encode(examples[0][:14], plan, tmp_path, lambda *call: shown.append((*call[:2], encoders["pictures"])))
+    assert [call[1:] for call in shown if call[0] == "pictures"] == [(4, 8), (8, 12), (12, 14), (14, 14)]
 
 
 @pytest.mark.parametrize("kind", ["interrupt", "unreadable"])
-def test_what_cuts_encoding_short_ends_its_threads(plan, examples, tmp_path, monkeypatch, kind):
+def test_an_interrupt_or_an_error_ends_the_threads(plan, examples, tmp_path, monkeypatch, kind):
     rows, before = list(examples[0]), threads()
     rows[2] = Example("spoilt.png", "a caption", rows[2].read()[:-200] if kind == "unreadable" else rows[2].source)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or passed over, the newest three and the best, restored bit for bit."""
+"""Checkpoints: damaged ones are skipped, the newest three and the best stay, and a restore is bit for bit."""
 
 import hashlib
 import shutil
@@ -35,7 +35,7 @@ def _step(parameters, optimizer, k):
     optimizer.step()
 
 
-def test_restored_it_steps_on_bit_for_bit(base, stepped, tmp_path):
+def test_a_restored_optimizer_continues_bit_for_bit(base, stepped, tmp_path):
     unet, _, optimizer = stepped
     folder = checkpoint.save(tmp_path, 2, unet, optimizer, {"note": "hello"})
     assert checkpoint.read_state(folder) == {"note": "hello", "step": 2}
@@ -54,12 +54,12 @@ def test_the_newest_three_and_the_best_stay(stepped, tmp_path):
     names = [f"checkpoint-{n}" for n in (2, 10, 90, 100)]
     assert [path.name for path in checkpoint.find(tmp_path)] == names
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
-    checkpoint.rotate(tmp_path, 100, best=None, emptied=True)
+    checkpoint.rotate(tmp_path, 100, best=None, empty_first=True)
     assert [path.name for path in checkpoint.find(tmp_path)] == names[1:]
     assert checkpoint.newest([tmp_path]) == tmp_path / "checkpoint-100"
 
 
-def test_damaged_ones_past_the_step_never_push_out_the_newest_usable(stepped, tmp_path):
+def test_damaged_checkpoints_never_displace_the_newest_usable_one(stepped, tmp_path):
     unet, _, optimizer = stepped
     for step in (60, 90, 100, 110):
         checkpoint.save(tmp_path, step, unet, optimizer, {})
@@ -69,20 +69,20 @@ def test_damaged_ones_past_the_step_never_push_out_the_newest_usable(stepped, tm
     checkpoint.rotate(tmp_path, 70, keep=1)
     assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == [70, 90, 100, 110]
     assert checkpoint.newest([tmp_path]).name == "checkpoint-70"
-    checkpoint.save(tmp_path, 90, unet, optimizer, {})  # reached again: written anew
+    checkpoint.save(tmp_path, 90, unet, optimizer, {})  # reached again: overwritten
     assert checkpoint.newest([tmp_path]).name == "checkpoint-90"
 
 
 @pytest.fixture
 def two(stepped, tmp_path):
-    """A folder with checkpoint-30 and checkpoint-60, both whole."""
+    """A folder with checkpoint-30 and checkpoint-60, both undamaged."""
     for step in (30, 60):
         checkpoint.save(tmp_path, step, stepped[0], stepped[2], {"record": {"losses": [0.5] * step}})
     return tmp_path
 
 
 def spots(folder, count):
-    """`count` places (file, offset) of a checkpoint, every file among them."""
+    """`count` pairs (file, offset) in a checkpoint, with every file among them."""
     rng = np.random.default_rng(0)
     files = [folder / name for name in (*checkpoint.FILES, checkpoint.SUMS)]
     for k in range(count):
@@ -91,20 +91,20 @@ def spots(folder, count):
 
 
 @pytest.mark.parametrize("how", ["cut", "flipped"])
-def test_fifty_damages_are_passed_over_for_the_one_before(two, how, capsys):
-    told = Notes()
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(two, how, capsys):
+    notes = Notes()
     for file, at in list(spots(two / "checkpoint-60", 50)):
         whole = file.read_bytes()
         bit = bytes([whole[at] ^ (1 << at % 8)])
         file.write_bytes(whole[:at] if how == "cut" else whole[:at] + bit + whole[at + 1 :])
-        assert checkpoint.newest([two], told) == two / "checkpoint-30", (file.name, at)
-        assert told.lines.pop().startswith(f"{two / 'checkpoint-60'} is skipped: ")
+        assert checkpoint.newest([two], notes) == two / "checkpoint-30", (file.name, at)
+        assert notes.lines.pop().startswith(f"{two / 'checkpoint-60'} is skipped: ")
         file.write_bytes(whole)
-    assert checkpoint.newest([two], told) == two / "checkpoint-60" and not told.lines
+    assert checkpoint.newest([two], notes) == two / "checkpoint-60" and not notes.lines
 
 
 class Notes:
-    """What a display is told."""
+    """A display that records its notes."""
 
     def __init__(self):
         self.lines = []
@@ -113,16 +113,16 @@ class Notes:
         self.lines.append(text)
 
 
-def test_what_is_missing_is_named(two):
-    told = Notes()
+def test_a_missing_file_is_named(two):
+    notes = Notes()
     for name in (*checkpoint.FILES, checkpoint.SUMS):
         moved = (two / "checkpoint-60" / name).rename(two / name)
-        assert checkpoint.newest([two], told) == two / "checkpoint-30"
-        assert f"{name} is missing" in told.lines[-1]
+        assert checkpoint.newest([two], notes) == two / "checkpoint-30"
+        assert f"{name} is missing" in notes.lines[-1]
         moved.rename(two / "checkpoint-60" / name)
 
 
-def test_what_is_no_checkpoint_is_no_matter(two):
+def test_other_files_and_folders_are_ignored(two):
     (two / "checkpoint-90").mkdir()
     (two / ".writing-120").mkdir()
     (two / ".writing-120" / "state.json").write_text("{}")
@@ -131,18 +131,18 @@ def test_what_is_no_checkpoint_is_no_matter(two):
     assert checkpoint.newest([two]) == two / "checkpoint-60"
     assert checkpoint.newest([two / "nowhere"]) is None
     renamed = (two / "checkpoint-60").rename(two / "checkpoint-66")
-    assert "it is of step 60" in checkpoint.problem(renamed)
+    assert "its state is that of step 60" in checkpoint.problem(renamed)
     assert checkpoint.newest([two]) == two / "checkpoint-30"
 
 
-def test_the_sums_are_those_of_sha256sum(two):
+def test_the_checksums_are_those_of_sha256sum(two):
     lines = (two / "checkpoint-60" / checkpoint.SUMS).read_text().splitlines()
     assert [line.split("  ")[1] for line in lines] == list(checkpoint.FILES)
     content = (two / "checkpoint-60" / "state.json").read_bytes()
     assert lines[-1].split()[0] == hashlib.sha256(content).hexdigest()
 
 
-def test_a_kill_while_writing_leaves_the_older_one_whole(stepped, tmp_path, monkeypatch):
+def test_a_kill_while_writing_leaves_the_older_checkpoint_undamaged(stepped, tmp_path, monkeypatch):
     unet, _, optimizer = stepped
     whole = checkpoint.save(tmp_path, 4, unet, optimizer, {})
 
@@ -172,11 +172,11 @@ def test_a_full_disk_leaves_nothing_half_written(stepped, tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == [whole.name]
 
 
-def test_a_copy_counts_once_it_is_read_back(two, tmp_path_factory, monkeypatch):
+def test_a_copy_counts_only_after_it_reads_back_equal(two, tmp_path_factory, monkeypatch):
     mirror = tmp_path_factory.mktemp("mirror")
     copied = checkpoint.fetch(two / "checkpoint-60", mirror)
     assert checkpoint.problem(copied) is None and checkpoint.newest([two / "lost", mirror]) == copied
-    assert checkpoint.newest([two, mirror]) == two / "checkpoint-60"  # the first folder's, of equals
+    assert checkpoint.newest([two, mirror]) == two / "checkpoint-60"  # of equal steps, the first folder's
     real = files.sha256
     monkeypatch.setattr(files, "sha256", lambda path: real(path) + ("?" if "writing" in path.name else ""))
     with pytest.raises(OSError, match="does not read back as it was written"):
@@ -184,19 +184,19 @@ def test_a_copy_counts_once_it_is_read_back(two, tmp_path_factory, monkeypatch):
     assert checkpoint.find(mirror) == [copied] and [path.name for path in mirror.iterdir()] == [copied.name]
 
 
-def test_too_small_a_disk_is_told_before_training(stepped, tmp_path, monkeypatch):
+def test_too_small_a_disk_is_reported_before_training(stepped, tmp_path, monkeypatch):
     small = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
     sentence = r"has 0.00 GB free, and the run's checkpoints need 0.\d+ GB: make room"
     with pytest.raises(OSError, match=sentence) as caught:
-        checkpoint.enough_disk(tmp_path, stepped[1])
+        checkpoint.check_disk(tmp_path, stepped[1])
     assert str(tmp_path) in str(caught.value)
     monkeypatch.undo()
-    checkpoint.enough_disk(tmp_path, stepped[1])
+    checkpoint.check_disk(tmp_path, stepped[1])
 
 
 def test_an_optimizers_plain_numbers_survive_too(tmp_path, stepped):
-    wrapped = {"absmax": torch.zeros(3, dtype=torch.uint8)}  # as bitsandbytes gives it
+    wrapped = {"absmax": torch.zeros(3, dtype=torch.uint8)}  # as in bitsandbytes
 
     class Odd:
         def __init__(self, state):
@@ -213,19 +213,19 @@ def test_an_optimizers_plain_numbers_survive_too(tmp_path, stepped):
     folder = checkpoint.save(tmp_path, 1, unet, Odd(state), {})
     odd = Odd({5: {"rate": 0.1}})
     checkpoint.restore(folder, unet, odd)
-    assert odd.state.keys() == {0, 11}  # what it knew is forgotten
+    assert odd.state.keys() == {0, 11}  # its old state is gone
     assert odd.state[0]["step"] == 7 and odd.state[0]["m"].tolist() == [1, 1] and odd.state[11] == {"rate": 0.5}
-    assert odd.state[0]["absmax"].dtype == torch.uint8  # as bitsandbytes reads it back: not wrapped
+    assert odd.state[0]["absmax"].dtype == torch.uint8  # as bitsandbytes reads it: not nested
 
 
-def test_it_is_on_the_disk_before_it_has_its_name(stepped, tmp_path, monkeypatch):
+def test_a_checkpoint_is_flushed_before_it_is_renamed(stepped, tmp_path, monkeypatch):
     flushed, final = [], tmp_path / "checkpoint-4"
     monkeypatch.setattr(files, "flush", lambda path: flushed.append((path.name, final.exists())))
     checkpoint.save(tmp_path, 4, stepped[0], stepped[2], {})
     assert flushed == [(name, False) for name in (*checkpoint.FILES, checkpoint.SUMS)] + [(tmp_path.name, True)]
 
 
-def test_written_again_the_older_one_goes_last(two, stepped, monkeypatch):
+def test_overwriting_removes_the_old_checkpoint_last(two, stepped, monkeypatch):
     again, old = two / "checkpoint-60", two / ".old-checkpoint-60"
 
     def killed(path):
@@ -241,7 +241,7 @@ def test_written_again_the_older_one_goes_last(two, stepped, monkeypatch):
     assert sorted(path.name for path in two.iterdir()) == ["checkpoint-30", "checkpoint-60"]
 
 
-def test_what_goes_to_a_trash_is_emptied_first(two, monkeypatch):
+def test_removed_files_are_emptied_first_where_there_is_a_trash(two, monkeypatch):
     sizes, real = [], shutil.rmtree
 
     def rmtree(path, **options):
@@ -249,16 +249,16 @@ def test_what_goes_to_a_trash_is_emptied_first(two, monkeypatch):
         real(path, **options)
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
-    checkpoint.rotate(two, 60, keep=1, emptied=True)
+    checkpoint.rotate(two, 60, keep=1, empty_first=True)
     assert sizes == [0] * 4 and [path.name for path in two.iterdir()] == ["checkpoint-60"]
 
 
-def test_checkpoints_that_lie_there_need_no_more_room(stepped, tmp_path, monkeypatch):
+def test_existing_checkpoints_need_no_more_room(stepped, tmp_path, monkeypatch):
     each = 3 * 4 * sum(p.numel() for p in stepped[1])  # bytes: fp32 LoRA and Adam's two moments
     room = shutil.disk_usage(tmp_path)._replace(free=3 * each)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: room)
     with pytest.raises(OSError, match="make room"):
-        checkpoint.enough_disk(tmp_path, stepped[1])
+        checkpoint.check_disk(tmp_path, stepped[1])
     for step in range(checkpoint.KEEP + 1):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoint.enough_disk(tmp_path, stepped[1])
+    checkpoint.check_disk(tmp_path, stepped[1])

@@ -19,7 +19,7 @@ def packed(image, kind="PNG", **options) -> bytes:
 
 
 def halves(mode="RGB", left="red", right="blue", size=(40, 20)):
-    """A picture whose left and right halves differ, to tell how it was turned."""
+    """A picture whose left and right halves differ, to see how it was rotated."""
     image = Image.new(mode, size, left)
     image.paste(Image.new(mode, (size[0] // 2, size[1]), right), (size[0] // 2, 0))
     return image
@@ -56,13 +56,13 @@ def test_a_folder_of_parquet_loads_as_the_hub_would_give_it(tmp_path, monkeypatc
     table.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     examples = data.load(tmp_path / "set")
     assert [e.caption for e in examples] == ["one", "two"]
-    assert [e.source for e in examples] == [packed(image) for image in images]  # compressed, as it was stored
+    assert [e.source for e in examples] == [packed(image) for image in images]  # compressed, as stored
     assert examples[1].image().tobytes() == images[1].tobytes()
 
 
-def test_a_picture_comes_upright():
+def test_a_picture_is_read_upright():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter to the right
+    exif[0x0112] = 6  # to be rotated 90 degrees to the right
     image = Example("a", "a", packed(halves(), "JPEG", exif=exif, quality=100)).image()
     assert image.size == (20, 40)
     assert Example("a", "a", packed(halves(), "JPEG", exif=exif)).size() == (40, 20)  # height first, as in conditions
@@ -71,7 +71,7 @@ def test_a_picture_comes_upright():
 
 
 def see_through(mode) -> bytes:
-    """A picture of 16 px with nothing in its left half and black in its right."""
+    """A picture of 16 px, transparent in its left half and black in its right."""
     if mode == "P":
         image = Image.new("P", (16, 16), 0)
         image.putpalette([255, 0, 0, 0, 0, 0])
@@ -83,12 +83,12 @@ def see_through(mode) -> bytes:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_comes_on_white(mode):
+def test_transparent_parts_become_white(mode):
     read = Example("a", "a", see_through(mode)).image()
     assert (read.mode, read.getpixel((2, 8)), read.getpixel((12, 8))) == ("RGB", (255, 255, 255), (0, 0, 0))
 
 
-def test_other_colour_modes_come_as_rgb():
+def test_other_colour_modes_are_read_as_rgb():
     grey = Example("a", "a", packed(Image.new("L", (8, 8), 77))).image()
     assert (grey.mode, grey.getpixel((4, 4))) == ("RGB", (77, 77, 77))
     cmyk = Example("a", "a", packed(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)).image()
@@ -99,18 +99,18 @@ def test_other_colour_modes_come_as_rgb():
 @pytest.mark.parametrize(
     "size, wide_high, ids",
     [
-        ((120, 80), (96, 64), (80, 120, 0, 16, 64, 64)),  # landscape: cut at the sides
-        ((80, 120), (64, 96), (120, 80, 16, 0, 64, 64)),  # portrait: cut above and below
+        ((120, 80), (96, 64), (80, 120, 0, 16, 64, 64)),  # landscape: cropped at the sides
+        ((80, 120), (64, 96), (120, 80, 16, 0, 64, 64)),  # portrait: cropped at top and bottom
         ((64, 64), (64, 64), (64, 64, 0, 0, 64, 64)),
-        ((16, 20), (64, 80), (20, 16, 8, 0, 64, 64)),  # small: enlarged, and its own size told
+        ((16, 20), (64, 80), (20, 16, 8, 0, 64, 64)),  # small: enlarged, with its own size in the conditions
     ],
 )
 def test_crop_and_its_size_conditions(size, wide_high, ids):
     ramp = np.zeros((size[1], size[0], 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 255, size[0])[None].round()
     ramp[..., 1] = np.linspace(0, 255, size[1])[:, None].round()
-    image, told = data.crop(Image.fromarray(ramp), 64)
-    assert (image.size, told) == ((64, 64), ids)
+    image, conditions = data.crop(Image.fromarray(ramp), 64)
+    assert (image.size, conditions) == ((64, 64), ids)
     top, left = ids[2:4]
     expected = [255 * (left + 32) / wide_high[0], 255 * (top + 32) / wide_high[1], 0]
     assert np.abs(np.asarray(image)[32, 32] - expected).max() < 5
@@ -124,7 +124,7 @@ def test_a_mirrored_picture_has_left_and_right_swapped():
 
 def test_at_1024_px_buckets_are_sdxls():
     sizes = picture.buckets(1024)
-    sdxl = {(512, 2048), (576, 1792), (704, 1472), (768, 1344), (896, 1152), (960, 1088), (1024, 1024)}  # of its table
+    sdxl = {(512, 2048), (576, 1792), (704, 1472), (768, 1344), (896, 1152), (960, 1088), (1024, 1024)}  # its table
     assert sdxl <= set(sizes) and {size[::-1] for size in sizes} == set(sizes)
 
 
@@ -152,10 +152,10 @@ def test_pictures_go_to_the_bucket_of_the_nearest_ratio(size, bucket):
 def test_crop_to_a_bucket_and_its_size_conditions():
     ramp = np.zeros((100, 200, 3), np.uint8)
     ramp[..., 0] = np.linspace(0, 255, 200)[None].round()
-    image, told = data.crop(Image.fromarray(ramp), (48, 88))
-    assert (image.size, told) == ((88, 48), (100, 200, 0, 4, 48, 88))  # 96 x 48 after the resize: cut at the sides
+    image, conditions = data.crop(Image.fromarray(ramp), (48, 88))
+    assert (image.size, conditions) == ((88, 48), (100, 200, 0, 4, 48, 88))  # 96 x 48 resized: cropped at the sides
     assert abs(int(np.asarray(image)[20, 0, 0]) - 255 * 4 / 96) < 5
-    assert data.crop(Image.fromarray(ramp), (48, 104))[1] == (100, 200, 2, 0, 48, 104)  # 104 x 52: cut above and below
+    assert data.crop(Image.fromarray(ramp), (48, 104))[1] == (100, 200, 2, 0, 48, 104)  # 104 x 52 resized
     assert data.crop(Image.fromarray(ramp), (64, 64))[1] == data.crop(Image.fromarray(ramp), 64)[1]
 
 
@@ -189,7 +189,7 @@ def test_captions_with_a_byte_order_mark_and_odd_line_ends_are_read(tmp_path):
     assert [e.caption for e in data.load(tmp_path)] == ["one\u2028two"]
 
 
-def test_hidden_files_and_folders_are_no_pictures(tmp_path):
+def test_hidden_files_and_folders_are_not_pictures(tmp_path):
     (tmp_path / ".ipynb_checkpoints").mkdir()
     (tmp_path / "folder.png").mkdir()
     for name in ("a.png", ".b.png", ".ipynb_checkpoints/a-checkpoint.png"):
@@ -198,7 +198,7 @@ def test_hidden_files_and_folders_are_no_pictures(tmp_path):
     assert [e.name for e in data.load(tmp_path)] == ["a.png"]
 
 
-def test_a_fingerprint_tells_pictures_captions_and_their_order_apart(examples):
+def test_a_fingerprint_changes_with_pictures_captions_and_their_order(examples):
     first, second = examples[0][:2]
     other = data.Example(first.name, "another caption", first.source)
     moved = data.Example("elsewhere.png", first.caption, first.read())
@@ -206,7 +206,7 @@ def test_a_fingerprint_tells_pictures_captions_and_their_order_apart(examples):
     assert len(set(prints)) == 4 and data.fingerprint([moved, second]) == prints[0]
 
 
-def test_what_may_spoil_a_lora_is_counted(tmp_path):
+def test_faults_of_a_data_set_are_counted(tmp_path):
     def made(name, size, caption, colour="red"):
         Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(caption)

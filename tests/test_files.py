@@ -1,4 +1,4 @@
-"""Files are whole or not there."""
+"""Atomic files."""
 
 
 import pytest
@@ -29,7 +29,7 @@ def test_a_copy_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("spoiled", [b"x" * 10, b"0123456780"], ids=["another content", "one byte"])
-def test_a_copy_that_reads_back_otherwise_is_refused(tmp_path, monkeypatch, spoiled):
+def test_a_copy_that_reads_back_differently_is_refused(tmp_path, monkeypatch, spoiled):
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"0123456789")
     target.write_bytes(b"older")
@@ -39,7 +39,7 @@ def test_a_copy_that_reads_back_otherwise_is_refused(tmp_path, monkeypatch, spoi
     assert target.read_bytes() == b"older" and sorted(tmp_path.iterdir()) == [source, target]
 
 
-def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_a_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     path, seen = tmp_path / "file", []
     path.write_text("old")
     monkeypatch.setattr(files, "flush", lambda temporary: seen.append((temporary.read_text(), path.read_text())))
@@ -47,12 +47,12 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert seen == [("new", "old")] and path.read_text() == "new"
 
 
-def test_a_flush_that_fails_is_told_of_a_file_and_not_of_a_folder(tmp_path, monkeypatch):
+def test_a_failed_flush_raises_for_a_file_and_not_for_a_folder(tmp_path, monkeypatch):
     def fails(_):
         raise OSError(5, "Input/output error")
 
     (tmp_path / "file").write_text("content")
     monkeypatch.setattr(files.os, "fsync", fails)
-    files.flush(tmp_path)  # as Drive's
+    files.flush(tmp_path)  # as on Google Drive
     with pytest.raises(OSError, match="Input/output error"):
         files.flush(tmp_path / "file")

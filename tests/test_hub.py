@@ -1,4 +1,4 @@
-"""What comes from the hub, against a stand-in on this machine that serves the hub's file layout."""
+"""Downloads, from a stand-in for the hub on this machine that serves the hub's file layout."""
 
 import json
 import os
@@ -20,7 +20,7 @@ BASE, VAE, DATA = recipe.Recipe.base, recipe.Recipe.vae, recipe.Recipe.dataset
 
 
 class Hub(BaseHTTPRequestHandler):
-    """`repositories` is {"models/owner/name": folder}; names in `gated` are refused, files in `stalled` never end."""
+    """Serves `repositories`, {"models/owner/name": folder}; refuses `gated` names, never sends `stalled` files."""
 
     repositories, gated, stalled, asked = {}, set(), set(), []
 
@@ -81,7 +81,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path, pictures):
-    """SDXL's repositories with the embedded base's content, beside files that nobody needs; the server."""
+    """SDXL's repositories with the embedded base's content, beside files that are not needed; yields the server."""
     root = tmp_path / "hub"
     base = Path(shutil.copytree(tiny.BASE, root / "base"))
     for part in ("unet", "text_encoder", "text_encoder_2", "vae"):
@@ -115,7 +115,7 @@ def parquet(pictures: Path, folder: Path) -> None:
 
 
 def run(served, home: Path, code: str) -> subprocess.CompletedProcess:
-    """Runs `code` in a fresh process whose hub is the stand-in."""
+    """Runs `code` in a new process that uses the stand-in as its hub."""
     host, port = served.server_address
     env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
     env |= {"HF_ENDPOINT": f"http://{host}:{port}", "HF_HOME": str(home), "PYTHONPATH": str(ROOT),
@@ -124,18 +124,18 @@ def run(served, home: Path, code: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=home.parent)
 
 
-def test_the_files_that_are_needed_and_no_other():
+def test_only_the_needed_files_are_downloaded():
     listing = dict.fromkeys(
         ("model_index.json", "sd_xl_base_1.0.safetensors", "unet/config.json", "unet/openvino_model.bin",
          "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
          "vae/diffusion_pytorch_model.fp16.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
          "text_encoder/model.fp16.safetensors", "text_encoder/flax_model.msgpack", "README.md"), 1)  # fmt: skip
-    half = hub._of_base(listing, recipe.load("naruto-1024"))
+    half = hub._base_files(listing, recipe.load("naruto-1024"))
     assert set(half) == {"model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.safetensors",
                          "tokenizer/vocab.json", "tokenizer/merges.txt", "text_encoder/model.fp16.safetensors"}
-    own = hub._of_base(listing, recipe.load("naruto-1024", vae="", precision="fp32"))
+    own = hub._base_files(listing, recipe.load("naruto-1024", vae="", precision="fp32"))
     assert "unet/diffusion_pytorch_model.safetensors" in own and not any(".fp16." in name for name in own)
-    assert "vae/diffusion_pytorch_model.fp16.safetensors" in hub._of_base(listing, recipe.load("naruto-256", vae=""))
+    assert "vae/diffusion_pytorch_model.fp16.safetensors" in hub._base_files(listing, recipe.load("naruto-256", vae=""))
 
 
 @pytest.mark.slow
@@ -144,9 +144,9 @@ def test_the_default_models_and_data_come_from_the_hub_and_train(served, tmp_pat
 import pathlib
 plan = recipe.load("naruto-256", legs=(Leg(2, 1e-3),), resolution=64, batch=2, accumulation=1, precision="fp32",
                    holdout=0.1, previews=0)
-print([(w.repository, w.size > 0) for w in hub.wanted(plan)])
+print([(d.repository, d.size > 0) for d in hub.missing(plan)])
 hub.fetch(plan)
-print(hub.wanted(plan), len(data.load(plan.dataset)))
+print(hub.missing(plan), len(data.load(plan.dataset)))
 train.train(plan, "run", show=type("Quiet", (), {"__call__": lambda *a, **k: None, "note": lambda *a: None})())
 print(pathlib.Path("run/pytorch_lora_weights.safetensors").is_file())
 """
@@ -160,11 +160,11 @@ print(pathlib.Path("run/pytorch_lora_weights.safetensors").is_file())
 
 
 @pytest.mark.slow
-def test_a_stalled_download_is_tried_again_without_xet_then_told(served, tmp_path):
+def test_a_stalled_download_is_tried_again_without_xet_then_reported(served, tmp_path):
     served.RequestHandlerClass.stalled.add("diffusion_pytorch_model.safetensors")
     code = f"""
-hub.STALL, real, tries = 6, hub._watched, []
-hub._watched = lambda w, show, env: tries.append(env.get("HF_HUB_DISABLE_XET")) or real(w, show, env)
+hub.STALL, real, tries = 6, hub._run_watched, []
+hub._run_watched = lambda d, show, env: tries.append(env.get("HF_HUB_DISABLE_XET")) or real(d, show, env)
 plan = recipe.load("naruto-256", base="{tiny.BASE}", dataset="/tmp", precision="fp32")
 try:
     hub.fetch(plan)

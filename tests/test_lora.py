@@ -1,4 +1,4 @@
-"""LoRA: where it sits, how it starts, what its file holds."""
+"""LoRA: its layers, its start values, its files."""
 
 import subprocess
 import sys
@@ -70,7 +70,7 @@ def test_saved_and_restored_bit_for_bit(base, encoded, tmp_path):
 
 
 def test_what_was_trained_is_what_the_pipeline_loads_alpha_included(plan, trained, cache_folder, encoded, pipe):
-    run = train.begin(plan, trained.folder, cache_folder)  # at its end: the adapter as it was in training
+    run = train.begin(plan, trained.folder, cache_folder)  # the run is finished: the adapter as trained
     pipeline.use_adapter(pipe, "style")
     in_memory, loaded = predicted(run.unet, encoded), predicted(pipe.unet, encoded)
     pipeline.use_adapter(pipe, "base")
@@ -78,7 +78,7 @@ def test_what_was_trained_is_what_the_pipeline_loads_alpha_included(plan, traine
     assert (predicted(pipe.unet, encoded) - loaded).abs().mean() > 0.01
     for module in run.unet.modules():
         if hasattr(module, "lora_A"):
-            module.scaling["default"] = 1.0  # what would come of losing alpha
+            module.scaling["default"] = 1.0  # as if alpha were lost
     assert not torch.allclose(predicted(run.unet, encoded), loaded, atol=1e-3)
 
 
@@ -105,14 +105,14 @@ def test_the_other_file_has_kohyas_names_and_the_alpha(base, plan, trained, enco
     assert (predicted(pipe.unet, encoded) - expected).abs().max() > 0.1
 
 
-def test_an_adapter_of_another_rank_is_refused_in_a_sentence(base, trained):
+def test_an_adapter_of_another_rank_is_refused(base, trained):
     unet, _ = fresh(base, rank=8)
     with pytest.raises(ValueError, match="does not fit this U-Net"):
         lora.restore(unet, trained.folder)
 
 
-def test_an_old_torchao_is_named_with_its_mend(base, tmp_path):
-    for package in ("torchao", "torchao/quantization"):  # older diffusers import from it what they find
+def test_an_old_torchao_is_named_with_its_fix(base, tmp_path):
+    for package in ("torchao", "torchao/quantization"):  # older diffusers import names from it
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text(
             '__version__ = "0.10.0"\n\ndef __getattr__(name):\n    return type(name, (), {})\n'

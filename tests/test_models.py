@@ -1,4 +1,4 @@
-"""The parts of SDXL: loaded as asked, and a wrong base refused (test_bad_input has the sentences)."""
+"""The parts of SDXL: loaded with the right dtype and weights (test_bad_input tests wrong bases)."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_parts_come_frozen_in_the_dtype_asked_for(base, dtype):
+def test_parts_are_frozen_and_in_the_requested_dtype(base, dtype):
     encoders = [encoder for _, encoder in models.load_text_encoders(base, dtype, CPU)]
     for model in (*encoders, models.load_unet(base, dtype, CPU)):
         assert {p.dtype for p in model.parameters()} == {dtype}
@@ -23,7 +23,7 @@ def test_parts_come_frozen_in_the_dtype_asked_for(base, dtype):
 def test_the_text_encoders_are_sdxls_two(base):
     (first, one), (second, two) = models.load_text_encoders(base, torch.float32, CPU)
     ids = [tokenizer(["a woman"], padding="max_length").input_ids[0] for tokenizer in (first, second)]
-    assert ids[0][:4] == ids[1][:4] and ids[0][-1] != ids[1][-1]  # they pad with another token
+    assert ids[0][:4] == ids[1][:4] and ids[0][-1] != ids[1][-1]  # their padding tokens differ
     width = one.config.hidden_size + two.config.hidden_size
     assert models.load_unet(base, torch.float32, CPU).config.cross_attention_dim == width
     assert not hasattr(one, "text_projection") and two.text_projection.weight.any()
@@ -47,7 +47,7 @@ def test_the_noise_schedule_is_sdxls_in_fp32(base):
     np.testing.assert_allclose(alphas_cumprod.numpy(), np.cumprod(1 - betas), rtol=1e-5)
 
 
-def test_fp16_files_are_taken_where_they_are(base, tmp_path):
+def test_fp16_files_are_used_where_they_exist(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "base")
     for file in (folder / "unet").glob("*.safetensors"):
         file.rename(file.with_suffix(".fp16.safetensors"))
@@ -70,7 +70,7 @@ def test_a_unet_in_several_files_is_the_same_as_in_one(base, tmp_path):
         assert all(torch.equal(found[name], value) for name, value in whole.state_dict().items())
 
 
-def test_identity_changes_with_the_weights_not_with_their_place(base, tmp_path):
+def test_identity_changes_with_the_weights_not_with_the_path(base, tmp_path):
     folder = shutil.copytree(os.path.join(base, "vae"), tmp_path / "vae")
     before = models.identity(str(folder))
     (folder / "note.txt").write_text("hello")

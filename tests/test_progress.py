@@ -1,4 +1,4 @@
-"""How far a long call is: in a log, a terminal and a saved notebook."""
+"""Progress of long calls: in a log, a terminal and a saved notebook."""
 
 import io
 import json
@@ -25,11 +25,11 @@ def test_progress_without_a_terminal_is_a_few_lines(capsys):
     assert "700/700" in lines[-1] and "loss 0.5000  learning rate 0.0001" in lines[-1] and "GiB" not in lines[-1]
 
 
-def test_progress_smooths_the_loss_and_tells_the_time_left(capsys, monkeypatch):
+def test_progress_smooths_the_loss_and_shows_the_time_left(capsys, monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(progress.time, "time", lambda: clock[0])
     show = progress.Progress(every=0)
-    for k, loss in ((5, 1.0), (6, 2.0), (10, 2.0)):  # resumed at 4: the first call's own time isn't known
+    for k, loss in ((5, 1.0), (6, 2.0), (10, 2.0)):  # resumed at 4: the first call's duration is unknown
         show("training", k, 20, loss=loss, lr=1e-4, peak_gib=12.34)
         clock[0] += 10
     lines = capsys.readouterr().out.splitlines()
@@ -38,7 +38,7 @@ def test_progress_smooths_the_loss_and_tells_the_time_left(capsys, monkeypatch):
     assert "loss 1.1900" in lines[2] and "40 s left" in lines[2]  # 20 s for 5 steps, 10 to go
 
 
-def test_a_phase_that_comes_again_counts_its_time_afresh_and_one_that_was_interrupted_does_not(capsys, monkeypatch):
+def test_a_phase_that_starts_again_restarts_its_clock_and_an_interrupted_one_does_not(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "time", lambda: clock[0])
     show = progress.Progress(every=0)
@@ -54,7 +54,7 @@ def test_a_phase_that_comes_again_counts_its_time_afresh_and_one_that_was_interr
 FIGURES = dict(loss=1.0, lr=1e-4, grad_norm=1.0, images_per_second=1.234, peak_gib=12.34)
 
 
-def test_progress_says_what_a_step_gives_and_takes_the_runs_own_estimate(capsys):
+def test_progress_shows_the_figures_of_a_step_and_the_runs_own_estimate(capsys):
     show = progress.Progress(every=0)
     show("training", 5, 20, **FIGURES, left=None)
     show("training", 6, 20, **FIGURES, left=65)
@@ -76,7 +76,7 @@ def in_a_terminal(monkeypatch, columns):
 
 
 def screen(text):
-    """The lines that stand in a terminal after `text`."""
+    """The lines that a terminal shows after `text`."""
     lines = [""]
     for part in re.split("(\n|\r\x1b\\[K)", text):
         lines = [*lines, ""] if part == "\n" else [*lines[:-1], ""] if part.startswith("\r") else [
@@ -94,23 +94,23 @@ def test_in_a_terminal_one_line_is_rewritten_and_never_wider(monkeypatch, column
     assert all(len(line.strip()) < columns for line in rewritten)
     assert ("peak 12.3 GiB" in rewritten[-1]) == (columns == 200)
     if columns == 80:
-        assert re.search(r"(loss 1.0000|learning rate 0.0001|images/s)$", rewritten[-1].strip())  # no half figure
+        assert re.search(r"(loss 1.0000|learning rate 0.0001|images/s)$", rewritten[-1].strip())  # no cut figure
 
 
-def test_a_note_in_a_terminal_stands_above_the_line_at_once(monkeypatch):
+def test_a_note_in_a_terminal_is_shown_at_once_above_the_line(monkeypatch):
     terminal, show = in_a_terminal(monkeypatch, 80), progress.Progress(every=1000)
-    show.note("goes on from checkpoint-120")
+    show.note("resumes from checkpoint-120")
     show("drawing", 1, 2)
     show.note("a warning")
     lines = screen(terminal.getvalue())
-    assert lines[:2] == ["goes on from checkpoint-120", "a warning"] and "1/2" in lines[2] and len(lines) == 3
+    assert lines[:2] == ["resumes from checkpoint-120", "a warning"] and "1/2" in lines[2] and len(lines) == 3
     show("drawing", 2, 2)
     show.note("the end")
     lines = screen(terminal.getvalue())
     assert "2/2" in lines[2] and lines[3:] == ["the end", ""]
 
 
-def test_a_note_where_nobody_watches_is_a_line_at_once(capsys):
+def test_a_note_in_a_log_is_a_line_at_once(capsys):
     show = progress.Progress()
     show("training", 1, 9, **FIGURES)
     show("training", 2, 9, **FIGURES)
@@ -126,12 +126,12 @@ def test_durations(seconds, text):
 
 
 def test_a_saved_notebook_keeps_each_phases_last_state_and_the_notes():
-    """In a real kernel: one display a cell, also if one Progress serves several."""
+    """In a real kernel: one display per cell, also if several cells share one Progress."""
     import nbformat
     from nbclient import NotebookClient
 
     first = (
-        "from naruto_lora.progress import Progress\nshow = Progress(every=0)\nshow.note('goes on <b>')\n"
+        "from naruto_lora.progress import Progress\nshow = Progress(every=0)\nshow.note('resumes <b>')\n"
         "for phase in ('captions', 'training', 'hold-out'):\n    for k in range(1, 6):\n        show(phase, k, 9)\n"
         "show('training', 6, 9)"
     )
@@ -141,26 +141,26 @@ def test_a_saved_notebook_keeps_each_phases_last_state_and_the_notes():
     kept = [cell.outputs for cell in book.cells]
     assert [[output.output_type for output in outputs] for outputs in kept] == [["display_data"]] * 2
     plain = [outputs[0].data["text/plain"].splitlines() for outputs in kept]
-    assert [line.split("  ")[0] for line in plain[0]] == ["goes on <b>", "captions", "training", "hold-out"]
+    assert [line.split("  ")[0] for line in plain[0]] == ["resumes <b>", "captions", "training", "hold-out"]
     assert "6/9" in plain[0][2] and "5/9" in plain[0][3]
     assert "1/9" in plain[1][0] and plain[1][1] == "ended"
     shown = kept[0][0].data["text/html"]
-    assert "goes on &lt;b&gt;" in shown and shown.count("<progress") == 3
+    assert "resumes &lt;b&gt;" in shown and shown.count("<progress") == 3
     assert "color" not in shown and "background" not in shown  # the theme's own
     assert "widget" not in json.dumps(book)
 
 
-def test_a_note_goes_to_who_shows_it_else_is_printed(capsys):
-    told = []
-    progress.note(type("Show", (), {"note": staticmethod(told.append)})(), "one")
+def test_a_note_goes_to_the_display_or_is_printed(capsys):
+    notes = []
+    progress.note(type("Show", (), {"note": staticmethod(notes.append)})(), "one")
     progress.note(None, "two")
     progress.note(print, "three")
-    assert told == ["one"] and capsys.readouterr().out == "two\nthree\n"
+    assert notes == ["one"] and capsys.readouterr().out == "two\nthree\n"
 
 
-def test_a_listener_can_always_be_called_and_says_a_thing_once(capsys):
+def test_a_listener_can_always_be_called_and_drops_repeated_messages(capsys):
     listener = progress.Listener()
-    listener("training", 1, 2, loss=0.5)  # nobody listens
+    listener("training", 1, 2, loss=0.5)  # there is no `show`
     listener.once("the mirror is full")
     listener.once("the mirror is full")
     listener.note("the mirror is full")

@@ -1,4 +1,4 @@
-"""Recipes: their numbers, files, and what they refuse."""
+"""Recipes: their numbers, files and errors."""
 
 import math
 from pathlib import Path
@@ -24,11 +24,11 @@ def test_learning_rate_of_the_1024_recipe_in_closed_form():
     assert rate(600) == 3e-5
     assert rate(601) == pytest.approx(cosine(3e-5, 1 / 165), rel=1e-12)
     assert rate(764) == pytest.approx(cosine(3e-5, 164 / 165), rel=1e-12)
-    with pytest.raises(ValueError, match="step 765 lies past the last leg"):
+    with pytest.raises(ValueError, match="step 765 is past the last leg"):
         rate(765)
 
 
-def test_the_two_recipes_see_the_pictures_they_name():
+def test_the_two_recipes_have_the_batch_sizes_and_steps_of_the_original():
     high, low = RECIPES["naruto-1024"], RECIPES["naruto-256"]
     assert (high.steps, high.batch, high.accumulation, high.pictures_per_step) == (765, 1, 8, 8)
     assert (low.steps, low.batch, low.accumulation, low.pictures_per_step) == (200, 12, 8, 96)
@@ -48,7 +48,7 @@ def test_a_recipe_survives_its_file(tmp_path):
     assert load(toml) == Recipe("mine", (Leg(10, 1e-3, "cosine"),), resolution=512)
 
 
-def test_it_says_what_is_seen_with_the_epochs_short_last_steps_counted():
+def test_the_description_counts_the_short_last_step_of_each_epoch():
     plan = RECIPES["naruto-1024"]
     assert "765 steps = 6,120 pictures;" in plan.describe()
     assert "6,105 pictures, 5.0 epochs of 1,221" in plan.describe(1221)
@@ -61,7 +61,7 @@ def test_paths_and_the_home_folder_become_text(tmp_path):
     assert plan.dataset == str(tmp_path) and plan.base == str(Path.home() / "sdxl")
 
 
-def test_the_embedded_recipes_have_the_form_of_the_real_ones():
+def test_the_embedded_recipes_have_legs_like_the_real_ones():
     from naruto_lora.tiny import HIGH, LOW
 
     for stand_in, real in ((load(LOW), RECIPES["naruto-256"]), (load(HIGH), RECIPES["naruto-1024"])):
@@ -73,7 +73,7 @@ def test_the_embedded_recipes_have_the_form_of_the_real_ones():
     assert low.pictures_per_step > high.pictures_per_step and low.accumulation > 1
 
 
-def test_a_form_shortens_and_lengthens_what_is_trained_without_changing_it():
+def test_steps_of_a_form_end_the_recipe_early_with_the_same_learning_rates():
     whole = recipe.load("naruto-1024")
     for steps, until in ((50, 50), (300, 300), (301, 600), (765, 765), (900, 765), (0, 765)):
         short = recipe.adjust(whole, steps=steps)

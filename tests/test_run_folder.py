@@ -1,4 +1,4 @@
-"""A run's two places: what may change when it is resumed, the mirror, full disks."""
+"""A run's folder and mirror: what may change when it resumes, failing mirrors, full disks."""
 
 import json
 import shutil
@@ -22,18 +22,18 @@ def test_a_changed_field_is_refused_by_its_name_and_both_values(plan, trained, c
     assert f"was begun with {field} {old!r}, not {value!r}" in str(caught.value)
 
 
-def test_what_decides_nothing_may_change(plan, trained, cache_folder):
+def test_fields_without_effect_on_training_may_change(plan, trained, cache_folder):
     free = dict(name="other", save_every=5, save_minutes=1, measure_every=3, previews=0, max_minutes=9, expect="much")
     more = (*plan.legs, Leg(8, 5e-3))
     assert train.begin(plan.replace(**free, legs=more), trained.folder, cache_folder).step == 6
-    same = plan.replace(batch=2, accumulation=3)  # the same pictures a step, in other pieces: a matter of memory
+    same = plan.replace(batch=2, accumulation=3)  # the same pictures per step, in other micro-batches
     assert train.begin(same, trained.folder, cache_folder).step == 6
     with pytest.raises(ValueError, match=r"was begun with batch \* accumulation 6, not 12"):
         train.begin(plan.replace(batch=6), trained.folder, cache_folder)
 
 
-def test_a_leg_that_was_trained_is_fixed_a_later_one_is_not(plan, trained, cache_folder, tmp_path):
-    with pytest.raises(ValueError, match=r"legs whose learning rate in step 1 is 0.02, not 0.01: use that"):
+def test_trained_legs_are_fixed_and_later_ones_are_not(plan, trained, cache_folder, tmp_path):
+    with pytest.raises(ValueError, match=r"legs whose learning rate in step 1 is 0.02, not 0.01: use the old value"):
         train.begin(plan.replace(legs=(Leg(4, 1e-2), plan.legs[1])), trained.folder, cache_folder)
     with pytest.raises(ValueError, match=r"legs whose learning rate in step 6 is 0.005, not 0.00853553391"):
         train.begin(plan.replace(legs=(plan.legs[0], Leg(8, 1e-2, "cosine"))), trained.folder, cache_folder)
@@ -66,7 +66,7 @@ def test_a_changed_holdout_and_an_earlier_version_are_refused(plan, trained, exa
     state = checkpoint.read_state(checkpoint.newest([trained.folder]))
     held = checkpoint.sources_of(plan, *examples)
     checkpoint.refuse_changes(plan, held, state, tmp_path)
-    del state["recipe"]["flip"]  # a field that came later: then it had its default
+    del state["recipe"]["flip"]  # a field that is newer than the checkpoint has its default
     checkpoint.refuse_changes(plan, held, state, tmp_path)
     with pytest.raises(ValueError, match="was begun with flip False, not True"):
         checkpoint.refuse_changes(plan.replace(flip=True), held, state, tmp_path)
@@ -89,7 +89,7 @@ def previews(step):
     return [f"previews/step-{step:06d}-{n}.jpg" for n in (0, 1)]
 
 
-def test_the_mirror_alone_is_enough(plan, trained, cache_folder, tmp_path):
+def test_the_mirror_is_enough_to_resume(plan, trained, cache_folder, tmp_path):
     out, mirror = tmp_path / "local" / "run", tmp_path / "drive" / "run"
     mirror.parent.mkdir()
     with pytest.raises(Stop):
@@ -104,7 +104,7 @@ def test_the_mirror_alone_is_enough(plan, trained, cache_folder, tmp_path):
     assert checkpoint.newest([mirror]).name == "checkpoint-6"
 
 
-def test_a_mirror_that_comes_late_catches_up_with_the_best_one_too(plan, cache_folder, tmp_path, monkeypatch):
+def test_a_mirror_that_is_added_later_gets_the_best_checkpoint_too(plan, cache_folder, tmp_path, monkeypatch):
     means = iter((1.0, 0.5, 0.7, 0.8, 0.9, 0.6))
     monkeypatch.setattr(validation, "holdout_losses", lambda *_, **__: torch.full((3, 4), next(means)))
     long = plan.replace(legs=(Leg(5, 1e-3),), measure_every=1, save_every=1, previews=0)
@@ -114,7 +114,7 @@ def test_a_mirror_that_comes_late_catches_up_with_the_best_one_too(plan, cache_f
     assert all(checkpoint.problem(path) is None for path in checkpoint.find(tmp_path / "mirror"))
 
 
-def test_a_mirror_that_fails_while_it_is_read_gives_way_to_what_is_here(plan, cache_folder, tmp_path, monkeypatch):
+def test_if_the_mirror_cant_be_read_the_run_resumes_from_its_folder(plan, cache_folder, tmp_path, monkeypatch):
     out, mirror = tmp_path / "run", tmp_path / "mirror"
     with pytest.raises(Stop):
         train.train(plan, out, cache_folder, stop_after(5), mirror)
@@ -125,7 +125,7 @@ def test_a_mirror_that_fails_while_it_is_read_gives_way_to_what_is_here(plan, ca
     assert f"{mirror / 'checkpoint-4'} can't be copied (not connected)" in watcher.notes
 
 
-def test_an_end_that_cant_be_written_says_where_the_weights_are(plan, cache_folder, tmp_path, monkeypatch):
+def test_if_the_lora_cant_be_written_the_error_says_where_the_weights_are(plan, cache_folder, tmp_path, monkeypatch):
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
@@ -137,13 +137,13 @@ def test_an_end_that_cant_be_written_says_where_the_weights_are(plan, cache_fold
     assert str(tmp_path / "checkpoint-1") in str(caught.value) and not (tmp_path / lora.FILE).exists()
 
 
-def test_the_newer_of_both_places_is_taken(plan, trained, cache_folder, tmp_path):
+def test_the_newer_checkpoint_of_folder_and_mirror_is_used(plan, trained, cache_folder, tmp_path):
     out, mirror = tmp_path / "run", tmp_path / "mirror"
     with pytest.raises(Stop):
         train.train(plan, out, cache_folder, stop_after(5), mirror)
     shutil.rmtree(mirror / "checkpoint-4")
     assert train.begin(plan, out, cache_folder, mirror=mirror).step == 4
-    shutil.rmtree(mirror / "checkpoint-4")  # it had caught up
+    shutil.rmtree(mirror / "checkpoint-4")  # it was copied there again
     (out / "checkpoint-4" / "state.json").write_text("{}")
     watcher = Watcher()
     run = train.begin(plan, out, cache_folder, watcher, mirror)
@@ -156,14 +156,15 @@ def test_the_newer_of_both_places_is_taken(plan, trained, cache_folder, tmp_path
     assert same_adapter(out, trained.folder) and checkpoint.newest([mirror]).name == "checkpoint-6"
 
 
-def test_a_mirror_that_is_gone_or_full_is_told_once_and_stops_nothing(
+def test_a_missing_or_full_mirror_is_reported_once_and_the_run_continues(
     plan, trained, cache_folder, tmp_path, monkeypatch
 ):
     watcher, nowhere = Watcher(), tmp_path / "not" / "mounted"
     train.train(plan, tmp_path / "one", cache_folder, watcher, nowhere)
     assert same_adapter(tmp_path / "one", trained.folder) and not nowhere.parent.exists()
-    told = [text for text in watcher.notes if str(nowhere) in text]
-    assert "can't be used (No such file or directory)" in told[0] and len(told) == 2 and "the run continues" in told[1]
+    notes = [text for text in watcher.notes if str(nowhere) in text]
+    assert "can't be used (No such file or directory)" in notes[0] and len(notes) == 2
+    assert "the run continues" in notes[1]
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -178,7 +179,7 @@ def test_a_mirror_that_is_gone_or_full_is_told_once_and_stops_nothing(
     ]
 
 
-def test_a_full_disk_stops_the_run_with_a_sentence_and_what_was_kept(
+def test_a_full_disk_stops_the_run_and_keeps_the_newest_checkpoint(
     plan, trained, cache_folder, tmp_path, monkeypatch
 ):
     real = checkpoint.save
@@ -191,8 +192,8 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_what_was_kept(
     monkeypatch.setattr(checkpoint, "save", full)
     with pytest.raises(OSError, match=r"checkpoint-6 can't be written to '.*' \(No space left on device\)") as caught:
         train.train(plan, tmp_path, cache_folder)
-    assert "the newest there is of step 4: make room and run it again" in str(caught.value)
-    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == [4]  # the older made room, in vain
+    assert ": make room and run it again to continue from step 4" in str(caught.value)
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == [4]  # the older was removed
     monkeypatch.undo()
     train.train(plan, tmp_path, cache_folder)
     assert same_adapter(tmp_path, trained.folder)
@@ -201,18 +202,18 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_what_was_kept(
 def test_a_full_disk_spares_the_newest_usable_checkpoint(plan, cache_folder, tmp_path, monkeypatch):
     with pytest.raises(Stop):
         train.train(plan, tmp_path, cache_folder, stop_after(3))
-    (tmp_path / "checkpoint-3").mkdir()  # damaged, passed over, and then trained past
+    (tmp_path / "checkpoint-3").mkdir()  # damaged, skipped, and the run is past it again
 
     def full(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoint, "save", full)
-    with pytest.raises(OSError, match="the newest there is of step 2"):
+    with pytest.raises(OSError, match="run it again to continue from step 2"):
         train.train(plan, tmp_path, cache_folder)
     assert checkpoint.newest([tmp_path]) == tmp_path / "checkpoint-2"
 
 
-def test_a_mirror_of_another_run_is_refused_even_where_it_is_older(plan, cache_folder, tmp_path):
+def test_a_mirror_of_another_run_is_refused_even_if_it_is_older(plan, cache_folder, tmp_path):
     out, mirror = tmp_path / "run", tmp_path / "mirror"
     train.train(plan.replace(legs=(Leg(2, 2e-2),), seed=7), mirror, cache_folder)
     with pytest.raises(Stop):
@@ -222,10 +223,10 @@ def test_a_mirror_of_another_run_is_refused_even_where_it_is_older(plan, cache_f
     assert str(mirror) in str(caught.value)
 
 
-def test_what_a_killed_end_left_is_not_taken(plan, cache_folder, tmp_path):
+def test_files_of_a_killed_finish_are_not_used(plan, cache_folder, tmp_path):
     run = train.begin(plan, tmp_path, cache_folder)
     (tmp_path / "first.safetensors").write_bytes(b"whole")
     (tmp_path / ".writing-adapter").mkdir()
-    (tmp_path / ".writing-adapter" / "first.safetensors").write_bytes(b"cut sh")  # the run's name then
+    (tmp_path / ".writing-adapter" / "first.safetensors").write_bytes(b"cut sh")  # of an earlier recipe name
     run.finish()
     assert (tmp_path / "first.safetensors").read_bytes() == b"whole" and not (tmp_path / ".writing-adapter").exists()

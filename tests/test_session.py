@@ -1,4 +1,4 @@
-"""Interrupts that wait for a whole state, and a forecast that adds up."""
+"""Interrupts that wait for a consistent state, and a forecast that adds up."""
 
 import signal
 import threading
@@ -30,7 +30,7 @@ def known(recipe, update=2.0, measure=10.0, save=1.0, begun=NOW):
     return forecast
 
 
-def test_seconds_to_come_count_updates_measurements_and_checkpoints():
+def test_the_forecast_counts_updates_measurements_and_checkpoints():
     forecast = known(plan())
     assert forecast.seconds(10, 29) == 19 * 2
     assert forecast.seconds(10, 30) == 20 * 2 + 1
@@ -39,7 +39,7 @@ def test_seconds_to_come_count_updates_measurements_and_checkpoints():
     assert forecast.seconds(600, 600) == 0
 
 
-def test_too_few_updates_tell_nothing():
+def test_too_few_updates_give_no_forecast():
     forecast = session.Forecast(plan(), NOW)
     assert forecast.update() == 0.0 and forecast.mean("save") == 0.0
     for _ in range(session.CALIBRATION):
@@ -49,7 +49,7 @@ def test_too_few_updates_tell_nothing():
     assert forecast.seconds(0, 10) >= 0
 
 
-def test_what_failed_is_not_timed():
+def test_a_failed_update_is_not_timed():
     forecast = session.Forecast(plan(), NOW)
     with pytest.raises(RuntimeError), forecast.timed("update"):
         raise RuntimeError
@@ -62,16 +62,16 @@ def test_the_sentence_names_each_legs_end_and_the_next_checkpoint():
     assert known(plan()).sentence(300).startswith("2 s a step: step 600 in 10 min 50 s; next")
 
 
-def test_the_sentence_says_where_a_budget_ends():
+def test_the_sentence_says_where_max_minutes_end():
     forecast = known(plan(max_minutes=5))
     assert forecast.sentence(5).endswith("; the 5 minutes end near step 148")
     assert forecast.seconds(5, 148) <= 300 < forecast.seconds(5, 149)
-    later = known(plan(max_minutes=6), begun=NOW - 60)  # what is over already counts
+    later = known(plan(max_minutes=6), begun=NOW - 60)  # the time so far counts
     assert later.budget_left() == 300 and later.sentence(5).endswith("; the 6 minutes end near step 148")
     assert "end near" not in known(plan(max_minutes=60)).sentence(5)
 
 
-def test_over_budget_is_an_update_and_its_checkpoint_that_end_too_late():
+def test_a_run_is_over_budget_if_an_update_and_its_checkpoint_would_end_too_late():
     assert known(plan(max_minutes=1), begun=NOW - 57.5).over_budget()  # 2.5 s are left for 2 s and 1 s
     assert not known(plan(max_minutes=1), begun=NOW - 57).over_budget()
     assert not known(plan(), begun=NOW - 10**6).over_budget()  # without max_minutes
@@ -88,19 +88,19 @@ def test_a_signal_waits_for_a_check_and_a_second_one_does_not():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        interrupts.pass_on()
+        interrupts.raise_received()
 
 
-def test_inside_at_once_it_does_not_wait():
+def test_inside_immediate_a_signal_does_not_wait():
     interrupts = session.Interrupts()
-    with interrupts, pytest.raises(session.Interrupted), interrupts.at_once():
+    with interrupts, pytest.raises(session.Interrupted), interrupts.immediate():
         signal.raise_signal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught:
-        interrupts.pass_on()
+        interrupts.raise_received()
     assert caught.value.code == 143
 
 
-def test_handlers_are_put_back_and_an_old_signal_is_forgotten():
+def test_handlers_are_restored_and_an_old_signal_is_forgotten():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     interrupts = session.Interrupts()
     for _ in range(2):
@@ -110,7 +110,7 @@ def test_handlers_are_put_back_and_an_old_signal_is_forgotten():
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_off_the_main_thread_signals_are_left_alone():
+def test_outside_of_the_main_thread_signals_are_unchanged():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work():
@@ -130,17 +130,17 @@ def test_a_measured_step_is_saved_whether_a_checkpoint_is_due_or_not():
     assert forecast.seconds(130, 140) == 10 * 2 + 1
 
 
-def test_an_update_is_judged_by_the_newest_ones():
+def test_the_forecast_uses_the_newest_updates():
     forecast = known(plan())
     forecast.spent["update"] = [9.0] * 30 + [2.0] * 20
     assert forecast.update() == 2
 
 
-def test_at_once_ends_with_its_block_and_is_not_begun_once_asked():
+def test_immediate_ends_with_its_block_and_does_not_start_after_a_signal():
     interrupts = session.Interrupts()
     with interrupts:
-        with interrupts.at_once():
+        with interrupts.immediate():
             pass
         signal.raise_signal(signal.SIGINT)  # waits again
-        with pytest.raises(session.Interrupted), interrupts.at_once():
-            pytest.fail("what was asked for before came too late")
+        with pytest.raises(session.Interrupted), interrupts.immediate():
+            pytest.fail("the signal came before and was ignored")

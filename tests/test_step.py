@@ -31,7 +31,7 @@ def test_the_loss_is_ddpms_by_diffusers_own_scheduler(base, encoded):
 
 
 def test_the_noise_schedule_stays_fp32_under_a_half_precision_unet():
-    """A U-Net that gives back what it is shown: the loss says how exactly the noisy latents were made."""
+    """A U-Net that returns its input: it shows how precise the noisy latents are."""
 
     class Mirror(torch.nn.Module):
         def __init__(self):
@@ -76,7 +76,7 @@ def test_every_epoch_is_another_permutation():
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_a_draw_depends_on_seed_and_step_alone():
+def test_a_draw_depends_only_on_seed_and_step():
     first = step.draw(small(), 7, [SHAPE] * 30)
     torch.randn(5)
     np.random.seed(3)
@@ -111,7 +111,7 @@ def test_captions_are_dropped_at_their_rate(rate):
 
 
 def reference(recipe, k, count, shape):
-    """(noise, latent noise, dropped) as the generators of (seed, step) give them for one shape, without flips."""
+    """(noise, latent noise, dropped) of the generators of (seed, step), for one shape, without flips."""
     rng = np.random.default_rng((recipe.seed, k, 1))
     rng.permutation(count), rng.random(count)  # the timesteps'
     dropped = rng.random(count) < recipe.caption_dropout
@@ -120,7 +120,7 @@ def reference(recipe, k, count, shape):
 
 
 @pytest.mark.parametrize("shape", [SHAPE, (4, 3, 5), (1, 1, 1)])
-def test_pictures_of_one_shape_get_one_tensors_numbers_with_flips_and_without(shape):
+def test_pictures_of_one_shape_get_the_noise_of_one_tensor_with_and_without_flips(shape):
     for k, count in ((0, 8), (3, 6)):  # the second is an epoch's short last update
         noise, latent_noise, dropped = reference(small(), k, count, shape)
         for flip in (False, True):
@@ -137,15 +137,15 @@ def test_about_half_of_the_draws_are_flipped_and_none_without_flip():
         assert abs(flipped.float().mean().item() - rate) < 4 * (rate * (1 - rate) / 4000) ** 0.5 + 1e-9
 
 
-def test_micro_batches_are_of_one_shape_and_hold_each_place_once():
+def test_micro_batches_have_one_shape_and_each_position_once():
     square, wide = SHAPE, (4, 6, 10)
     shapes = [(square, wide)[i % 3 == 0] for i in range(30)]
     draw = step.draw(small(), 1, shapes)
     assert [part.shape for part in draw.noise] == [shapes[i] for i in draw.indices]
     assert [part.shape for part in draw.latent_noise] == [shapes[i] for i in draw.indices]
     parts = step.micro_batches(draw, shapes, 3)
-    assert sorted(place for part in parts for place in part) == list(range(8))
-    assert all(len({shapes[draw.indices[place]] for place in part}) == 1 and len(part) <= 3 for part in parts)
+    assert sorted(position for part in parts for position in part) == list(range(8))
+    assert all(len({shapes[draw.indices[position]] for position in part}) == 1 and len(part) <= 3 for part in parts)
     same = step.draw(small(), 1, [square] * 30)
     assert step.micro_batches(same, [square] * 30, 3) == [[0, 1, 2], [3, 4, 5], [6, 7]]
 

@@ -1,4 +1,4 @@
-"""The loop: resumed = unbroken, accumulation = a larger batch, and nothing lost when it can't go on."""
+"""The loop: resumed = uninterrupted, accumulation = a larger batch, and nothing is lost when it has to stop."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ def numbers(parameters):
     return torch.cat([p.detach().flatten() for p in parameters])
 
 
-def test_the_record_says_what_was_done(plan, trained, examples):
+def test_the_record_describes_the_run(plan, trained, examples):
     record = trained.record
     assert record == json.loads((trained.folder / "run.json").read_text())
     assert record["step"] == 6 and len(record["losses"]) == 6 and all(np.isfinite(record["losses"]))
@@ -31,12 +31,12 @@ def test_the_record_says_what_was_done(plan, trained, examples):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_stopped_and_resumed_is_unbroken(plan, trained, cache_folder, tmp_path, steps):
+def test_a_resumed_run_equals_an_uninterrupted_one(plan, trained, cache_folder, tmp_path, steps):
     """The stock script starts the epoch again, in another order."""
     with pytest.raises(Stop):
         train.train(plan, tmp_path, cache_folder, stop_after(steps))
     assert not (tmp_path / lora.FILE).exists()
-    for name in (".writing-4", ".old-checkpoint-0"):  # a write that was killed, and a removal
+    for name in (".writing-4", ".old-checkpoint-0"):  # of a killed write, and of a killed removal
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "state.json").write_text("{")
     record = train.train(plan, tmp_path, cache_folder)
@@ -48,7 +48,7 @@ def test_stopped_and_resumed_is_unbroken(plan, trained, cache_folder, tmp_path, 
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_legs_added_later_are_as_if_there_from_the_start(plan, trained, cache_folder, tmp_path):
+def test_legs_can_be_added_later(plan, trained, cache_folder, tmp_path):
     first = train.train(plan.replace(name="first", legs=plan.legs[:1]), tmp_path, cache_folder)
     assert first["step"] == 4 and not same_adapter(tmp_path, trained.folder)
     seen = []
@@ -58,7 +58,7 @@ def test_legs_added_later_are_as_if_there_from_the_start(plan, trained, cache_fo
     assert list(record["holdout"]) == ["0", "4", "6"]
 
 
-def test_at_its_end_nothing_is_trained_again(plan, trained, cache_folder):
+def test_a_finished_run_is_not_trained_again(plan, trained, cache_folder):
     before, seen = trained.adapter.read_bytes(), []
     record = train.train(plan, trained.folder, cache_folder, lambda phase, *_, **__: seen.append(phase))
     assert "training" not in seen and trained.adapter.read_bytes() == before
@@ -69,7 +69,7 @@ def test_accumulation_is_one_larger_batch(plan, cache_folder, tmp_path):
     gradients, losses = [], []
     for batch, accumulation in ((6, 1), (3, 2), (1, 6), (4, 2)):
         run = train.begin(plan.replace(batch=batch, accumulation=accumulation), tmp_path, cache_folder)
-        draw = train.step.draw(plan, 0, run.trained.shapes)
+        draw = train.step.draw(plan, 0, run.training_set.shapes)
         losses.append(run._accumulate(draw).mean().item())
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
@@ -78,7 +78,7 @@ def test_accumulation_is_one_larger_batch(plan, cache_folder, tmp_path):
 
 
 def repeated(encoded, count):
-    """A cache of `count` examples, the same ones over and over."""
+    """A cache of `count` examples, which repeat those of `encoded`."""
     columns = {name: (getattr(encoded, name) * count)[:count] for name in
                ("names", "shapes", "latents", "mirrored", "prompts")}
     return dataclasses.replace(encoded, **columns)
@@ -89,8 +89,8 @@ def test_the_recipes_own_accumulation_is_one_batch(plan, encoded, cache_folder, 
     sizes, found = ((batch, accumulation), (batch * accumulation, 1)), []
     for size, count in sizes:
         run = train.begin(plan.replace(batch=size, accumulation=count), tmp_path, cache_folder)
-        run.trained = repeated(encoded, 100)
-        draw = step.draw(run.recipe, 0, run.trained.shapes)
+        run.training_set = repeated(encoded, 100)
+        draw = step.draw(run.recipe, 0, run.training_set.shapes)
         assert len(draw.indices) == batch * accumulation
         losses = run._accumulate(draw)
         found.append((losses, torch.cat([p.grad.flatten() for p in run.parameters])))
@@ -99,9 +99,9 @@ def test_the_recipes_own_accumulation_is_one_batch(plan, encoded, cache_folder, 
     assert (gradient - whole).norm() < 1e-4 * whole.norm()
 
 
-def test_a_step_on_the_cache_is_that_on_fresh_encodings(plan, examples, pipe, cache_folder, tmp_path):
+def test_a_step_on_the_cache_equals_one_on_new_encodings(plan, examples, pipe, cache_folder, tmp_path):
     run = train.begin(plan, tmp_path, cache_folder)
-    draw = step.draw(plan, 0, run.trained.shapes)
+    draw = step.draw(plan, 0, run.training_set.shapes)
     cached = run._accumulate(draw)
     gradient = torch.cat([p.grad.flatten() for p in run.parameters])
     rows = [examples[0][i] for i in draw.indices]
@@ -122,12 +122,12 @@ def test_a_step_on_the_cache_is_that_on_fresh_encodings(plan, examples, pipe, ca
     assert (fresh - gradient).norm() < 1e-3 * gradient.norm()
 
 
-def test_a_short_last_batch_counts_by_its_own_size(plan, cache_folder, tmp_path):
+def test_a_short_last_batch_is_averaged_over_its_own_size(plan, cache_folder, tmp_path):
     run = train.begin(plan, tmp_path, cache_folder)
-    last = train.step.steps_per_epoch(len(run.trained), plan) - 1
-    draw = train.step.draw(plan, last, run.trained.shapes)
+    last = train.step.steps_per_epoch(len(run.training_set), plan) - 1
+    draw = train.step.draw(plan, last, run.training_set.shapes)
     count = len(draw.indices)
-    assert 0 < count < plan.pictures_per_step and count % plan.batch  # short, and so is its last micro-batch
+    assert 0 < count < plan.pictures_per_step and count % plan.batch  # short, with a short last micro-batch
     run._accumulate(draw)
     found = torch.cat([p.grad.flatten() for p in run.parameters])
     run.unet.zero_grad()
@@ -152,7 +152,7 @@ def test_the_optimizer_uses_the_recipes_learning_rate(plan, cache_folder, tmp_pa
     assert len(run.optimizer.param_groups) == 1
 
 
-def test_a_rate_added_on_resume_is_taken(plan, cache_folder, tmp_path):
+def test_a_learning_rate_added_on_resume_is_used(plan, cache_folder, tmp_path):
     """The stock script's saved scheduler kept the old rate."""
     train.train(plan.replace(legs=(Leg(2, 1e-3),)), tmp_path, cache_folder)
     run = train.begin(plan.replace(legs=(Leg(2, 1e-3), Leg(3, 7e-5))), tmp_path, cache_folder)
@@ -160,13 +160,13 @@ def test_a_rate_added_on_resume_is_taken(plan, cache_folder, tmp_path):
     assert run.optimizer.param_groups[0]["lr"] == 7e-5
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_names_its_picture_and_keeps_what_is_trained(
+def test_a_loss_that_is_not_finite_names_its_picture_and_the_steps_before_it_are_saved(
     plan, trained, cache_folder, tmp_path, monkeypatch
 ):
     with pytest.raises(Stop):
         train.train(plan.replace(save_every=3), tmp_path, cache_folder, stop_after(4))
     run = train.begin(plan.replace(save_every=9), tmp_path, cache_folder)
-    draw, real, calls = step.draw(plan, 4, run.trained.shapes), step.diffusion_loss, []
+    draw, real, calls = step.draw(plan, 4, run.training_set.shapes), step.diffusion_loss, []
 
     def poisoned(*arguments, **inputs):
         calls.append(1)
@@ -176,9 +176,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_its_picture_and_keeps_wha
     monkeypatch.setattr(step, "diffusion_loss", poisoned)
     with pytest.raises(RuntimeError) as caught:
         run.to_the_end()
-    name, timestep = run.trained.names[draw.indices[5]], draw.timesteps[5]
+    name, timestep = run.training_set.names[draw.indices[5]], draw.timesteps[5]
     assert str(caught.value).startswith(f"step 5: the loss is not finite for '{name}' (timestep {timestep}); the run")
-    assert checkpoint.newest([tmp_path]).name == "checkpoint-4"  # all that was trained before it
+    assert checkpoint.newest([tmp_path]).name == "checkpoint-4"  # all steps before it
     monkeypatch.undo()
     train.train(plan, tmp_path, cache_folder)
     assert same_adapter(tmp_path, trained.folder)
@@ -190,17 +190,17 @@ def test_gradients_that_stay_infinite_stop_the_run_and_change_nothing(plan, cach
     run.scaler = torch.amp.GradScaler("cpu")
     before, tried = numbers(run.parameters), []
     run.unet.register_forward_hook(lambda *_: tried.append(1))
-    draw = train.step.draw(plan, 0, run.trained.shapes)
+    draw = train.step.draw(plan, 0, run.training_set.shapes)
     with pytest.raises(RuntimeError, match="step 1: the gradients are not finite for .* and 2 more; ") as caught:
         run.update()
     for k in range(4):
-        assert f"'{run.trained.names[draw.indices[k]]}' (timestep {draw.timesteps[k]})" in str(caught.value)
+        assert f"'{run.training_set.names[draw.indices[k]]}' (timestep {draw.timesteps[k]})" in str(caught.value)
     assert len(tried) == train.RETRIES * plan.accumulation and torch.equal(numbers(run.parameters), before)
-    assert run.scaler.get_scale() == 2.0**16  # not the last try's, with which a resumed run would underflow
+    assert run.scaler.get_scale() == 2.0**16  # not that of the last try, which would underflow after a resume
 
 
-def test_half_changed_weights_are_not_kept(plan, trained, cache_folder, tmp_path, monkeypatch):
-    """8-bit Adam takes its memory in its first step, layer by layer."""
+def test_half_changed_weights_are_not_saved(plan, trained, cache_folder, tmp_path, monkeypatch):
+    """8-bit Adam allocates its state in its first step, layer by layer, and can run out of memory there."""
     run = train.begin(plan, tmp_path, cache_folder)
     real = run.optimizer.step
 
@@ -218,15 +218,15 @@ def test_half_changed_weights_are_not_kept(plan, trained, cache_folder, tmp_path
     assert same_adapter(tmp_path, trained.folder)
 
 
-def test_an_overflowing_update_is_tried_again_not_counted(plan, cache_folder, tmp_path):
-    """What fp16 does on a GPU, by a loss scale that overflows fp32; the stock script counts such a step."""
+def test_an_overflowing_update_is_tried_again_and_not_counted(plan, cache_folder, tmp_path):
+    """As with fp16 on a GPU, here with a loss scale that overflows fp32; the stock script counts such a step."""
     plain, scaled = (train.begin(plan, tmp_path / name, cache_folder) for name in ("plain", "scaled"))
     scaled.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     tried = []
     for run in (plain, scaled):
         for module in run.unet.modules():
             if hasattr(module, "lora_A"):
-                module.scaling["default"] = 1e5  # large gradients; B is still zero, so nothing else changes
+                module.scaling["default"] = 1e5  # large gradients; B is still zero, so the loss stays
         run.optimizer.register_step_post_hook(lambda *_: tried.append(1))
         run.update()
     assert len(tried) == 2  # one optimizer step each
@@ -251,15 +251,15 @@ def test_recomputed_activations_give_the_same_gradients(plan, cache_folder, tmp_
         calls = []
         block = run.unet.mid_block.attentions[0].transformer_blocks[0]
         block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        run._accumulate(train.step.draw(plan, 0, run.trained.shapes))
+        run._accumulate(train.step.draw(plan, 0, run.training_set.shapes))
         gradients.append(torch.cat([p.grad.flatten() for p in run.parameters]))
         passes.append(len(calls))
     assert passes == [plan.accumulation, 2 * plan.accumulation]
     assert torch.equal(*gradients)
 
 
-def test_half_precision_takes_the_same_step(plan, base, encoded, cache_folder, tmp_path):
-    """The path of a GPU, on the CPU: fp16 U-Net under autocast, fp32 LoRA, scaled loss."""
+def test_half_precision_makes_the_same_step(plan, base, encoded, cache_folder, tmp_path):
+    """The GPU's code path on the CPU: fp16 U-Net under autocast, fp32 LoRA, scaled loss."""
     whole = train.begin(plan, tmp_path, cache_folder)
     unet = models.load_unet(base, torch.float16, torch.device("cpu"))
     parameters = lora.inject(unet, plan.rank, plan.alpha, plan.seed)
@@ -280,11 +280,11 @@ def test_the_bar_is_shown_every_step(plan, cache_folder, tmp_path):
     assert [(done, total) for done, total, _ in steps] == [(1, 2), (2, 2)]
     for _, _, f in steps:
         assert f["lr"] == 1e-3 and f["loss"] > 0 and f["grad_norm"] > 0 and f["peak_gib"] is None
-        assert f["images_per_second"] > 0 and f["left"] is None  # too early to tell
+        assert f["images_per_second"] > 0 and f["left"] is None  # too early for a forecast
 
 
 @pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_an_interrupt_saves_first_and_the_run_goes_on_bit_for_bit(
+def test_an_interrupt_saves_first_and_the_run_resumes_bit_for_bit(
     plan, trained, cache_folder, tmp_path, number, raised
 ):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
@@ -300,7 +300,7 @@ def test_an_interrupt_saves_first_and_the_run_goes_on_bit_for_bit(
     assert again.notes[0] == f"resumes from {tmp_path / 'checkpoint-3'}, at step 3 of 6"
 
 
-def test_an_interrupt_amid_a_step_leaves_that_step_out(plan, trained, cache_folder, tmp_path, monkeypatch):
+def test_an_interrupt_within_a_step_discards_that_step(plan, trained, cache_folder, tmp_path, monkeypatch):
     real, calls = step.diffusion_loss, []
 
     def interrupting(*arguments, **inputs):
@@ -320,26 +320,26 @@ def test_an_interrupt_amid_a_step_leaves_that_step_out(plan, trained, cache_fold
     assert same_adapter(tmp_path, trained.folder)
 
 
-def test_the_budget_stops_the_run_cleanly(plan, trained, cache_folder, tmp_path, monkeypatch):
+def test_max_minutes_stop_the_run_cleanly(plan, trained, cache_folder, tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr(train.time, "time", lambda: clock[0])
     short = plan.replace(max_minutes=2)
     watcher = Watcher(lambda step: clock.__setitem__(0, clock[0] + 50))  # seconds a step
     record = train.train(short, tmp_path, cache_folder, watcher)
-    assert record["step"] == 3 and (tmp_path / lora.FILE).is_file()  # 150 s: what is there is given
+    assert record["step"] == 3 and (tmp_path / lora.FILE).is_file()  # after 150 s, with the LoRA of step 3
     assert watcher.notes[-1].startswith("stopped by max_minutes = 2 at step 3 of 6, saved in")
     assert watcher.notes[-1].endswith("run it again to continue")
     monkeypatch.undo()
-    assert train.train(short, tmp_path, cache_folder)["step"] == 6  # a budget is a session's
+    assert train.train(short, tmp_path, cache_folder)["step"] == 6  # max_minutes count per session
     assert same_adapter(tmp_path, trained.folder)
 
 
-def test_a_budget_that_loading_eats_still_gives_a_step_a_session(plan, cache_folder, tmp_path):
+def test_each_session_makes_at_least_one_step(plan, cache_folder, tmp_path):
     short = plan.replace(max_minutes=1e-6)
     assert [train.train(short, tmp_path, cache_folder)["step"] for _ in range(2)] == [1, 2]
 
 
-def test_a_checkpoint_also_comes_by_the_clock(plan, cache_folder, tmp_path, monkeypatch):
+def test_checkpoints_are_also_saved_by_the_clock(plan, cache_folder, tmp_path, monkeypatch):
     clock, saved = [1000.0], []
     monkeypatch.setattr(train.time, "time", lambda: clock[0])
     real = checkpoint.save
@@ -349,7 +349,7 @@ def test_a_checkpoint_also_comes_by_the_clock(plan, cache_folder, tmp_path, monk
     assert saved == [2, 4, 6]
 
 
-def test_the_end_loads_no_second_model(plan, cache_folder, tmp_path, monkeypatch):
+def test_finishing_loads_no_second_model(plan, cache_folder, tmp_path, monkeypatch):
     """The stock script loads a whole pipeline there, and can run out of memory after hours."""
     run = train.begin(plan, tmp_path, cache_folder)
 

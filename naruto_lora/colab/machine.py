@@ -1,4 +1,4 @@
-"""What this machine is: on Colab or not, its GPU, memory, disk and versions; and giving it back."""
+"""This machine: on Colab or not, its GPU, memory, disk and versions; and how to give it back."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def on_colab() -> bool:
     """Whether this is Colab's kernel (Kaggle sets COLAB variables too, but has no google.colab)."""
     try:
         return bool(os.environ.get("COLAB_RELEASE_TAG")) and importlib.util.find_spec("google.colab") is not None
-    except ModuleNotFoundError:  # not even a google package
+    except ModuleNotFoundError:  # there is no google package at all
         return False
 
 
 def end(wanted: bool) -> None:
-    """Gives the Colab machine back, if that is `wanted`: everything outside of Google Drive goes with it."""
+    """Gives the Colab machine back if that is `wanted`; everything outside of Google Drive is lost then."""
     if wanted and on_colab():
         from google.colab import runtime
 
@@ -29,7 +29,7 @@ def end(wanted: bool) -> None:
 
 
 def rows(folder: str | Path = ".") -> list[dict]:
-    """Rows for a table: GPU, memory, disk, versions."""
+    """Table rows: GPU, memory, disk, versions."""
     import torch
 
     gpu, vram = "none: CPU only", "-"

@@ -1,4 +1,4 @@
-"""What a run needs beside what this machine has, before anything long begins."""
+"""What a run needs and what this machine has, checked before anything long begins."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from ..memory import gpu, plan, predict
 from .machine import PACKAGES, installed
 
 GPU_MENU = "on Colab: Runtime › Change runtime type › T4 GPU, then run all cells again"
-HOST = 1.5 * gpu.GIB  # Python's and torch's own (measured, README 'Full size')
+HOST = 1.5 * gpu.GIB  # for Python and torch themselves (measured, README 'Full size')
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing: what is here, what is needed, and if that is too little, what to do."""
+    """One requirement: what is here, what is needed, and what to do if that is too little."""
 
     what: str
     here: str
     needed: str = ""
     short: str = ""
-    stops: bool = False  # without it nothing below can work
+    stops: bool = False  # nothing below can work without it
 
     def as_dict(self) -> dict[str, str]:
-        verdict = ("NO" if self.stops else "care") + f": {self.short}" if self.short else "yes" if self.needed else ""
+        verdict = "yes" if self.needed else ""
+        if self.short:
+            verdict = f"{'NO' if self.stops else 'warning'}: {self.short}"
         return {"": self.what, "here": self.here, "needed": self.needed, "enough?": verdict}
 
 
 def check(recipe, folder: str | Path = ".", card: gpu.Card | None = None) -> list[Row]:
-    """GPU, its memory, host memory, disk, versions. `card` is the one here unless it's given."""
+    """Checks GPU, its memory, host memory, disk and versions; `card` is by default the one here."""
     import torch
 
     if card is None:
@@ -47,7 +49,7 @@ def check(recipe, folder: str | Path = ".", card: gpu.Card | None = None) -> lis
 
 
 def refuse(rows: list[Row]) -> None:
-    """Raises RuntimeError with what to do, if something that `check` found stops everything."""
+    """Raises RuntimeError, which says what to do, if `check` found something that stops everything."""
     stopping = [f"{row.what}: {row.here}, needed: {row.needed}; {row.short}" for row in rows if row.short and row.stops]
     if stopping:
         raise RuntimeError(". ".join(stopping))
@@ -64,59 +66,59 @@ def _training(recipe, card: gpu.Card) -> Row:
     try:
         row = plan.plan(recipe, card, recipe.steps).chosen
     except RuntimeError as error:
-        return Row(what, here, "more", str(error))
+        return Row(what, here, "more GPU memory", str(error))
     return Row(what, here, f"{row.parts.reserved / gpu.GIB:.1f} GiB: {row.what}")
 
 
 def _drawing(recipe, card: gpu.Card) -> Row:
     size = 2 if recipe.precision == "fp16" else 4
-    side = models.own_resolution(recipe.base, recipe.vae)
-    needed = _weights(recipe) + size * side**2 * pipeline.VAE_NUMBERS  # one picture in the VAE's decoder
-    short = "draw at a lower `resolution`, or end what else uses the card" if needed > card.free else ""
+    side = models.default_resolution(recipe.base, recipe.vae)
+    needed = _weights(recipe) + size * side**2 * pipeline.VAE_VALUES  # one picture in the VAE's decoder
+    short = "lower `resolution`, or close other programs that use the GPU" if needed > card.free else ""
     return Row("memory to draw", f"{card.free / gpu.GIB:.1f} GiB free", f"{needed / gpu.GIB:.1f} GiB", short)
 
 
 def _weights(recipe) -> float:
-    """Bytes of the whole pipeline, reckoned from the U-Net's: SDXL's other parts are a third of it."""
+    """Bytes of the whole pipeline, estimated from the U-Net's: SDXL's other parts are a third of those."""
     size = 2 if recipe.precision == "fp16" else 4
     return 4 / 3 * size * predict.shape_of(recipe).numbers
 
 
 def _host(recipe) -> Row:
     here = gpu.host_free()
-    needed = HOST + _weights(recipe) / 4  # the largest file that is mapped as a whole: the second text encoder's
+    needed = HOST + _weights(recipe) / 4  # of the largest file that is mapped whole: the second text encoder's
     short = "the kernel may be killed (exit 138): restart it and close other notebooks" if here < needed else ""
     return Row("host memory", f"{here / gpu.GIB:.1f} GiB free", f"{needed / gpu.GIB:.1f} GiB", short)
 
 
 def _disk(recipe, folder: Path) -> list[Row]:
-    """A row for the disk that downloads go to, one for the runs' if that is another."""
+    """A row for the disk of downloads, and one for the disk of runs if that is a different one."""
     from huggingface_hub import constants
 
-    download = 1.05 * sum(each.size for each in hub.wanted(recipe))
+    download = 1.05 * sum(missing.size for missing in hub.missing(recipe))
     run = runs_bytes(recipe)
-    places = {"disk for downloads": (_there(Path(constants.HF_HUB_CACHE)), download),
-              "disk for runs": (_there(folder), run)}
+    places = {"disk for downloads": (_existing(Path(constants.HF_HUB_CACHE)), download),
+              "disk for runs": (_existing(folder), run)}
     if len({os.stat(place).st_dev for place, _ in places.values()}) == 1:
-        places = {"disk": (_there(folder), download + run)}
+        places = {"disk": (_existing(folder), download + run)}
     return [_disk_row(what, place, needed) for what, (place, needed) in places.items()]
 
 
 def _disk_row(what: str, place: Path, needed: float) -> Row:
     free = shutil.disk_usage(place).free
-    short = "make room: empty the trash, remove old runs or models" if free < needed else ""
+    short = "make room: empty the trash, or delete old runs or models" if free < needed else ""
     return Row(what, f"{free / 1e9:.1f} GB free", f"{needed / 1e9:.1f} GB", short, bool(short))
 
 
 def runs_bytes(recipe) -> float:
-    """Of a run's folder and its encoded pictures, about: five checkpoints of LoRA and optimizer, 2,000 pictures."""
+    """About the bytes of a run's folder and cache: five checkpoints of LoRA and optimizer, 2,000 encoded pictures."""
     adapter = sum(predict.shape_of(recipe).sides) * recipe.rank * 4
     latents = 2000 * (2 if recipe.flip else 1) * 2 * 2 * 4 * (recipe.resolution / 8) ** 2
     return 5 * 3 * adapter + latents
 
 
-def _there(folder: Path) -> Path:
-    """The nearest folder that exists."""
+def _existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that exists."""
     folder = folder.expanduser().absolute()
     return next(place for place in (folder, *folder.parents) if place.exists())
 
@@ -128,15 +130,15 @@ def _versions() -> list[Row]:
         here, needed = installed(name), least.get(name, "")
         short = ""
         if here is None and name != "bitsandbytes":
-            short = "bash colab_setup.sh run installs it"
+            short = "`bash colab_setup.sh run` installs it"
         elif here is not None and needed and _numbers(here) < _numbers(needed):
-            short = "take Colab's newest runtime version, or install a newer one"
+            short = "choose Colab's newest runtime version, or install a newer one"
         rows.append(Row(name, here or "not installed", needed, short))
     return rows
 
 
 def floors() -> dict[str, str]:
-    """{package: the lowest version that will do}, from the checkout's requirements.txt or the installed package."""
+    """{package: the lowest supported version}, from the checkout's requirements.txt or the installed package."""
     file = Path(__file__).parents[2] / "requirements.txt"
     try:
         lines = file.read_text().splitlines() if file.is_file() else requires("naruto_lora") or []

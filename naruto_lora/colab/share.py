@@ -1,4 +1,4 @@
-"""What leaves this machine because somebody asked: a download in the browser, a LoRA on the hub."""
+"""Results that leave this machine on request: a download in the browser, a LoRA pushed to the hub."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 from .. import lora
 from .machine import on_colab
 
-SHARED = (lora.FILE, "*.safetensors", "run.json", "README.md", "*.jpg")  # what of a run's folder goes to the hub
+SHARED = (lora.FILE, "*.safetensors", "run.json", "README.md", "*.jpg")  # the files of a run that go to the hub
 
 
 def download(file: str | Path, interactive: bool = True) -> None:
-    """Offers `file` in Colab's browser; elsewhere, or with nobody there, says in which folder it is."""
+    """Downloads `file` in Colab's browser; elsewhere, or without a user, prints in which folder it is."""
     if on_colab() and interactive:
         from google.colab import files
 
@@ -23,7 +23,7 @@ def download(file: str | Path, interactive: bool = True) -> None:
 def push(folder: str | Path, repository: str) -> None:
     """Uploads a run's LoRA, record and model card to the hub as `repository`; '' does nothing.
 
-    Raises PermissionError, which says what is missing, without a token that may write.
+    Raises PermissionError, which says what to do, without a token that has write access.
     """
     if not repository:
         print("not pushed to the hub: `push_to` is empty")
@@ -36,7 +36,7 @@ def push(folder: str | Path, repository: str) -> None:
         HfApi().upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=list(SHARED))
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         raise PermissionError(
-            f"the hub refuses to write '{repository}' ({type(error).__name__}): make a token that may write at "
-            "https://huggingface.co/settings/tokens and put it into Colab's secrets as HF_TOKEN"
+            f"the hub refuses to write '{repository}' ({type(error).__name__}): create a token with write access at "
+            "https://huggingface.co/settings/tokens and save it in Colab's secrets as HF_TOKEN"
         ) from None
     print(f"https://huggingface.co/{repository}")

@@ -1,61 +1,61 @@
-"""Where results are kept: this machine's disk and Google Drive, the run that is there, the LoRA that is meant."""
+"""Where results are saved: this machine's disk and Google Drive, the run to resume, the LoRA that a form names."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from .. import checkpoint, hub, lora
-from ..files import writable
+from ..files import make_folder
 from .machine import on_colab
 
 
 def places(folder: str, drive: bool = True) -> tuple[Path, Path | None]:
-    """(where to train, the mirror that outlives this machine or None) for runs under `folder`.
+    """(folder to train in, the mirror that outlives this machine or None) for runs under `folder`.
 
-    On Colab training works on the machine's own disk; the mirror is on Drive, where that is wanted and somebody is
-    there to allow it. Absolute paths stay. Raises PermissionError if nothing can be written there.
+    On Colab runs are trained on the machine's own disk; with `drive` the mirror is on Google Drive, if the user allows
+    it. Absolute paths stay as they are. Raises PermissionError if a folder can't be written to.
     """
     path = Path(folder).expanduser()
     if not (on_colab() and drive) or path.is_absolute():
-        writable(path)
+        make_folder(path)
         return path.resolve(), None
     here, mirror = Path("/content") / path, _on_drive(path)
     for place in (here, mirror):
         if place:
-            writable(place)
+            make_folder(place)
     return here, mirror
 
 
 def _on_drive(path: Path) -> Path | None:
-    """The folder `path` of the project's on Google Drive; None, with a line of why, if Drive isn't to be had."""
+    """The project's folder `path` on Google Drive; None, and a printed reason, if Drive can't be mounted."""
     from google.colab import drive
 
     try:
         drive.mount("/content/drive")
     except Exception as error:  # refused in the dialog, no browser, a mountpoint with files in it
-        print(f"Google Drive is not mounted ({error or type(error).__name__}): run the cell again to allow it")
+        print(f"Google Drive is not mounted ({error or type(error).__name__}): run this cell again to allow it")
         return None
     return Path("/content/drive/MyDrive/naruto_lora") / path
 
 
 def done(recipe, folder: Path, mirror: Path | None = None) -> int:
-    """Steps that the newest usable checkpoint of `recipe`'s run has, here or in the mirror; 0 without one."""
+    """The step of the newest usable checkpoint of `recipe`'s run, here or in the mirror; 0 without one."""
     newest = checkpoint.newest([place / recipe.name for place in (folder, mirror) if place], _Silent())
     return checkpoint.step_of(newest) if newest else 0
 
 
 def state(recipe, folder: Path, mirror: Path | None = None) -> str:
-    """What is kept where, and whether a run of `recipe` to go on with was found, in two lines."""
-    kept = "and copied to Google Drive as they come" if mirror else "on this machine's disk alone"
+    """Two lines: where results are saved, and whether there is a run of `recipe` to resume."""
+    kept = "and are copied to Google Drive at once" if mirror else "only on this machine's disk"
     if on_colab() and not mirror:
-        kept += ", which goes with it: download what you want to keep"
+        kept += ", which Colab deletes after the session: download what you want to keep"
     found, name = done(recipe, folder, mirror), recipe.name
     run = f"There is no run of {name} yet."
     if found:
-        run = f"{name} was found at step {found} of {recipe.steps}: training goes on from there."
+        run = f"{name} was found at step {found} of {recipe.steps}: training resumes from there."
     if found >= recipe.steps:
-        run = f"{name} was found trained to its end, step {found}."
-    return f"Results are in the folder '{folder.name}', {kept}.\n{run}"
+        run = f"{name} was found, and its training is complete (step {found})."
+    return f"Results are saved in the folder '{folder.name}' {kept}.\n{run}"
 
 
 class _Silent:
@@ -64,9 +64,9 @@ class _Silent:
 
 
 def find_adapter(name: str, folder: Path, mirror: Path | None = None) -> Path | str:
-    """Where the LoRA `name` is: a run's name here or on Drive, a path, or a hub id; '' takes the newest run's.
+    """Where the LoRA `name` is: a run's name here or on Drive, a path, or a hub id; '' means the newest run's.
 
-    Raises FileNotFoundError that says how to get one.
+    Raises FileNotFoundError, which says how to get one.
     """
     places = [place for place in (folder, mirror) if place]
     if name:
@@ -81,7 +81,7 @@ def find_adapter(name: str, folder: Path, mirror: Path | None = None) -> Path | 
         return found[0]
     raise FileNotFoundError(
         f"there is no LoRA {f'called {name!r}' if name else 'yet'} in '{folder.name}': run 02_train_256 or "
-        "03_train_1024 first (on Colab with Google Drive, so that it is found here), or set the parameter to a "
-        "folder, a .safetensors file or a hub id; without a GPU, `bash colab_setup.sh run` trains two small ones and "
-        "runs this notebook with them"
+        "03_train_1024 first (on Colab with `drive` on, so that it is found here), or set the parameter to a folder, "
+        "a .safetensors file or a hub id. Without a GPU, `bash colab_setup.sh run` trains two small ones and runs "
+        "this notebook with them"
     )

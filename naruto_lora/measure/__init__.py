@@ -1,13 +1,13 @@
-"""Measure: figures with intervals, and what they say.
+"""Measure: figures with intervals, and what they mean.
 
-In the order to read it:
+In reading order:
 
-- `validation`: a model in training: hold-out loss, previews
-- `metrics`: a figure with its 95% interval; hold-out loss, paired changes
-- `encoders`: CLIP or another encoder: pictures and texts as vectors
+- `validation`: hold-out loss and previews during training
+- `metrics`: figures with a 95% interval; hold-out loss, paired changes
+- `encoders`: CLIP or another encoder, which turns pictures and texts into vectors
 - `similarity`: style distance, drift, diversity, copying
 - `study`: all models on the same prompts and seeds
-- `verdict`: the figures in words, and what each of them can't say
+- `verdict`: the figures in words, and what each of them can't show
 
-`train` imports `validation`; `show`, `widgets` and `colab` may import all.
+`train` imports `validation`; `show`, `widgets` and `colab` may import all of it.
 """

@@ -1,4 +1,4 @@
-"""What turns pictures and texts into numbers to compare: a CLIP from the hub, or a module of one's own."""
+"""Encoders turn pictures and texts into vectors that can be compared: a CLIP from the hub, or your own module."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 @dataclass(frozen=True)
 class Encoder:
-    """`embed(pictures) -> (N, D)` of unit length; `fit(pictures, texts) -> (N,)`, how well each shows its text."""
+    """`embed(pictures) -> (N, D)` of unit length; `fit(pictures, texts) -> (N,)`, how well each fits its text."""
 
     name: str
     embed: Callable[[list], np.ndarray]
     fit: Callable[[list, list[str]], np.ndarray]
-    fit_means: str  # what `fit` counts, for people
+    fit_means: str  # a description of `fit` for reports
 
 
 def load(name: str) -> Encoder:
@@ -75,7 +75,7 @@ def _clip(name: str) -> Encoder:
 
 
 def _pixels(pictures: list, side: int):
-    """Pictures -> (N, 3, side, side) as CLIP takes them: the centre of the shorter side, its mean and deviation."""
+    """Pictures -> (N, 3, side, side), CLIP's input: a square from the centre, normalised by its mean and deviation."""
     import torch
     from PIL import Image, ImageOps
 

@@ -1,6 +1,6 @@
-"""Figures with their sample size and 95% interval: hold-out loss, paired gain, and a judge's shares.
+"""Figures with their sample size and 95% interval: hold-out loss, paired gain, and a judge's scores.
 
-`similarity` has those that compare pictures by their embeddings.
+Those that compare pictures by their embeddings are in `similarity`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 Z = 1.959964  # the normal distribution's 97.5% point
-STRICT = 1.35  # times a 95% interval is one of 99.2%: of six figures of equal models one then differs in 5% of cases
+STRICT = 1.35  # times a 95% interval is a 99.2% one: with six figures of equal models, 5% of cases then show a change
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A value with its 95% interval and how many pictures it rests on."""
+    """A value with its 95% interval and its sample size, in pictures or prompts."""
 
     value: float
     low: float
@@ -29,7 +29,7 @@ class Figure:
 
     @property
     def sure(self) -> bool:
-        """Whether it differs from 0 even by an interval of 99.2%: several figures of one comparison are looked at."""
+        """Whether its 99.2% interval excludes 0; stricter than 95%, since one comparison tests several figures."""
         low, high = (self.value + STRICT * (end - self.value) for end in (self.low, self.high))
         return low > 0 or high < 0
 
@@ -37,8 +37,8 @@ class Figure:
 def mean(values) -> Figure:
     """The mean of `values` (N,), N >= 2, with the bootstrap's expanded percentile interval over pictures.
 
-    Expanded as Student's t is wider than the normal (Hesterberg, Am. Statistician 69, 2015, 371), or few pictures
-    would get too narrow an interval.
+    It is expanded by the ratio of Student's t to the normal (Hesterberg, Am. Statistician 69, 2015, 371): for few
+    pictures the plain interval is too narrow. Raises ValueError for fewer than 2 values.
     """
     values = np.asarray(values, dtype=float)
     n = len(values)
@@ -67,12 +67,12 @@ def share(hits) -> Figure:
 
 
 def paired(before, after) -> Figure:
-    """The mean of `after` - `before`, picture by picture: what is common to both drops out."""
+    """The mean of `after` - `before`, picture by picture: what both have in common cancels."""
     return mean(np.asarray(after, dtype=float) - np.asarray(before, dtype=float))
 
 
 def holdout_losses(pipe, cache, adapter: str) -> np.ndarray:
-    """Each hold-out picture's denoising loss (N,) with `adapter` active; what it can't say: how pictures look."""
+    """Each hold-out picture's denoising loss (N,) with `adapter` active; it doesn't show how pictures look."""
     from .. import pipeline
     from . import validation
 
@@ -82,11 +82,11 @@ def holdout_losses(pipe, cache, adapter: str) -> np.ndarray:
 
 
 def scores(judge: str, pictures: list, prompts: list[dict]) -> dict:
-    """What the judge in the module named `judge` says of each picture, where the truth about its prompt is known.
+    """Each picture's scores by the judge, the module named `judge`, for prompts whose attributes are known.
 
-    The module has `score(pictures, prompts) -> {"attributes": (N,) shares right, "style": (N,) 0 or 1}`, and if it can
-    "legible": {attribute: (N,) 0 or 1}; each prompt is {"text": ..., "attributes": {...}}. Raises ValueError for a
-    module without `score`.
+    The module has `score(pictures, prompts) -> {"attributes": (N,) share that is right, "style": (N,) 0 or 1}`, and
+    optionally "legible": {attribute: (N,) 0 or 1}; each prompt is {"text": ..., "attributes": {...}}. Raises
+    ValueError for a module without `score`.
     """
     try:
         score = importlib.import_module(judge).score
@@ -96,6 +96,6 @@ def scores(judge: str, pictures: list, prompts: list[dict]) -> dict:
 
 
 def judged(judge: str, pictures: list, prompts: list[dict]) -> dict[str, Figure]:
-    """Percent of `attributes` right and of pictures in `style`, by `scores`."""
+    """Percent of right attributes and of pictures in the style, from `scores`."""
     found = scores(judge, pictures, prompts)
     return {"attributes": mean(100 * np.asarray(found["attributes"])), "style": share(found["style"])}

@@ -1,4 +1,4 @@
-"""Validation: the hold-out loss and the preview pictures of a model that is being trained."""
+"""Validation: the hold-out loss and the previews of a model in training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ..memory import gpu
 
 
 class Validation:
-    """Measures and previews a run's model; `record` is the run's, with "holdout" {step: losses} and "best_step".
+    """Measures a run's model and draws previews; the run's `record` has "holdout" {step: losses} and "best_step".
 
-    `fallback` computes, `folder` (a `checkpoint.RunFolder`) keeps the previews, `show` is a `progress.Listener`.
+    `fallback` runs the calculation, `folder` (a `checkpoint.RunFolder`) keeps the previews, `show` is a
+    `progress.Listener`.
     """
 
     def __init__(self, recipe, unet, trained, held, alphas_cumprod, fallback, folder, show):
@@ -24,12 +25,12 @@ class Validation:
     def measure(self, done: int, record: dict) -> float | None:
         """Adds the hold-out losses after `done` updates to `record`, marks the best step, draws the previews.
 
-        Returns the mean hold-out loss, None without a hold-out.
+        Returns the mean hold-out loss, or None without a hold-out.
         """
-        known = record["holdout"]
-        if len(self.held) and str(done) not in known:
-            known[str(done)] = self.fallback.run(self._losses, done + 1).tolist()
-        means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in known.items()}
+        measured = record["holdout"]
+        if len(self.held) and str(done) not in measured:
+            measured[str(done)] = self.fallback.run(self._losses, done + 1).tolist()
+        means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in measured.items()}
         record["best_step"] = min((k for k in means if k), key=means.get, default=None)
         self.preview(done)
         return means.get(done)
@@ -40,7 +41,7 @@ class Validation:
             return holdout_losses(self.unet, self.held, self.alphas_cumprod, device, batch, show=self.show)
 
     def preview(self, done: int) -> None:
-        """Draws the first hold-out captions as the model is now, into the run's previews; a failure stops nothing."""
+        """Draws the first hold-out captions with the present model into the run's previews; no failure ends the run."""
         source = self.held if len(self.held) else self.trained
         count = min(self.recipe.previews, len(source))
         paths = [self.folder.out / "previews" / f"step-{done:06d}-{k}.jpg" for k in range(count)]
@@ -58,7 +59,7 @@ class Validation:
                 self.folder.mirror_file(path)
         except session.Interrupted:
             raise
-        except Exception as error:  # whatever it is: hours of training are worth more
+        except Exception as error:  # of any kind: it must not end hours of training
             self.show.once(f"no previews ({type(error).__name__}: {str(error)[:100]}); the run continues")
 
 
@@ -68,10 +69,10 @@ def _save_jpeg(picture, path) -> None:
 
 @torch.no_grad()
 def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int = 4, show=None) -> torch.Tensor:
-    """Losses (N, draws) of each cached picture, unflipped, at fixed noise and stratified fixed timesteps, on the CPU.
+    """Losses (N, draws) of each cached picture, unflipped, at fixed noise and fixed stratified timesteps, on the CPU.
 
-    Column k has its timesteps in [1000 k / draws, 1000 (k + 1) / draws). The draws depend on a picture's place
-    alone, so that two models can be compared picture by picture. Raises ValueError for an empty cache.
+    Column k has its timesteps in [1000 k / draws, 1000 (k + 1) / draws). Noise and timesteps depend only on a
+    picture's index, so two models can be compared picture by picture. Raises ValueError for an empty cache.
     """
     count = len(cache)
     if count == 0:
@@ -82,7 +83,7 @@ def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int =
     losses = torch.empty(count, draws)
     for k in range(draws):
         timesteps = ((k + offset) / draws * 1000).long().clamp(max=999)
-        for places in step.of_one_shape(cache.shapes, batch):
+        for places in step.group_by_shape(cache.shapes, batch):
             drawn = torch.stack([noise[place][k] for place in places])
             no = torch.zeros(len(places), dtype=torch.bool)
             inputs = cache.batch(places, torch.zeros_like(drawn), dropped=no, flipped=no, device=device)
@@ -97,9 +98,9 @@ def holdout_losses(unet, cache, alphas_cumprod, device, batch: int, draws: int =
 
 @torch.no_grad()
 def draw_previews(unet, recipe, prompts: dict[str, torch.Tensor], steps: int = 20, guidance_scale: float = 4.0) -> list:
-    """PIL pictures of encoded prompts (prompt_embeds (B, L, D), pooled (B, P)) by a U-Net that is being trained.
+    """PIL pictures of encoded prompts (prompt_embeds (B, L, D), pooled (B, P)) by a U-Net in training.
 
-    The VAE is loaded for it and freed again. Picture k has seed k, so that previews differ by the training alone.
+    The VAE is loaded for this and freed afterwards. Picture k has seed k, so previews differ only by the training.
     """
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 

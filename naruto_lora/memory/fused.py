@@ -1,8 +1,8 @@
-"""The lean step's arithmetic: a U-Net's layers as functions that save little, with the base frozen and LoRA beside it.
+"""The lean step's arithmetic: the layers of a frozen U-Net with LoRA, as functions that keep few tensors.
 
-Each autograd function states what it keeps for the backward pass. The plain functions on top touch memory only; they
-run as torch's own kernels, or fused by torch.compile. A backward pass writes the LoRA's gradients into `Projection`'s
-buffers and gives autograd nothing for them.
+Each autograd function states what it keeps for the backward pass. The plain functions at the top are bound by memory
+traffic; they run as torch's own kernels, or fused by torch.compile. A backward pass writes the LoRA's gradients into
+the buffers of `lean.Projection` and returns None for them to autograd.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 aten = torch.ops.aten
-SHAPES = 512  # that one compiled function may meet
-KEYS_ALIGNED = 8  # fp16 matrix products want sides that are multiples of this; a caption has 77 tokens
+SHAPES = 512  # that one function may be compiled for
+KEYS_ALIGNED = 8  # fp16 matrix products need sides that are multiples of this; a caption has 77 tokens
 
 
 def add_norm(x, delta, weight, bias, eps):
@@ -52,7 +52,7 @@ def geglu_backward(grad, projected):
 def group_norm(x, shift, weight, bias, groups, eps, silu):
     """Group norm of x (B, C, H, W) + shift (B, C) or None, through SiLU if asked; and the norm's mean and rstd.
 
-    Not compiled it is computed in the dtype of `weight`; what comes out is as x.
+    Eager, it computes in the dtype of `weight`; the result has the dtype of x.
     """
     if torch.compiler.is_compiling():
         scaled, mean, rstd = _normalised(x, shift, groups, eps, None, None)
@@ -65,14 +65,14 @@ def group_norm(x, shift, weight, bias, groups, eps, silu):
 
 
 def _sum(x, shift, groups, dtype):
-    """x + shift, contiguous and in `dtype`, and the sizes that torch's group norm asks for."""
+    """x + shift, contiguous and in `dtype`, and the sizes that torch's group norm takes."""
     total = (x if shift is None else x + shift[:, :, None, None]).to(dtype).contiguous()
     count, channels, high, wide = total.shape
     return total, (count, channels, high * wide, groups)
 
 
 def _normalised(x, shift, groups, eps, mean, rstd):
-    """x + shift as (B, groups, C / groups, H, W) in fp32, normalised by its own or the given mean and rstd."""
+    """x + shift as (B, groups, C / groups, H, W) in fp32, normalised by the given mean and rstd, or by its own."""
     total = x.float() if shift is None else x.float() + shift.float()[:, :, None, None]
     grouped = total.unflatten(1, (groups, -1))
     if mean is None:
@@ -105,12 +105,12 @@ def group_norm_backward(grad, x, shift, mean, rstd, weight, bias, groups, eps, s
 
 
 def residual(x, delta, bias):
-    """x + delta + bias, bias (C,) along the second of four dimensions or None."""
+    """x + delta + bias; bias is (C,), along the second of four dimensions, or None."""
     return x + (delta if bias is None else delta + bias[:, None, None])
 
 
 def softmax_backward(scores, grad, scale, keys):
-    """The softmax over the first `keys` columns of scaled scores (N, T, K), and its gradient by the scores."""
+    """The softmax over the first `keys` columns of scaled scores (N, T, K), and the gradient for the scores."""
     outside = torch.arange(scores.shape[-1], device=scores.device) >= keys
     share = (scores.float() * scale).masked_fill(outside, -torch.inf).softmax(-1)
     inner = share * grad.float()
@@ -133,14 +133,14 @@ def compiled(device) -> SimpleNamespace:
     ops = SimpleNamespace(**{name: _compiled(function) for name, function in vars(PLAIN).items()})
     try:
         ops.residual(*torch.zeros(2, 1, 1, 1, 1, device=device), None)
-    except Exception as error:  # no C compiler, no Triton for this card: of many kinds
+    except Exception as error:  # no C compiler, no Triton for this card: the types vary
         raise RuntimeError(f"{type(error).__name__}: {str(error).splitlines()[0][:120]}") from None
     return ops
 
 
 def _compiled(function):
-    """`function` compiled for each shape; the limit on shapes is each thread's own, and backward passes have theirs."""
-    made = torch.compile(function, dynamic=False)
+    """`function` compiled for each shape. The limit on shapes is set per thread: backward passes have their own."""
+    compiled_function = torch.compile(function, dynamic=False)
 
     @functools.wraps(function)
     def call(*arguments):
@@ -148,7 +148,7 @@ def _compiled(function):
 
         if config.recompile_limit != SHAPES:
             config.recompile_limit, config.accumulated_recompile_limit = SHAPES, SHAPES * len(vars(PLAIN))
-        return made(*arguments)
+        return compiled_function(*arguments)
 
     return call
 
@@ -203,7 +203,7 @@ class Residual(Function):
 
 
 class Convolution(Function):
-    """A frozen convolution, without its bias unless asked. Keeps nothing."""
+    """A frozen convolution, with its bias if `with_bias`. Keeps nothing."""
 
     @staticmethod
     def forward(ctx, x, conv, with_bias):
@@ -220,23 +220,23 @@ def _convolve(x, conv, bias):
 
 
 def _convolve_backward(grad, conv, shape):
-    """The gradient by an input of `shape` (B, C, H, W), which may be the first channels of what was convolved."""
+    """The gradient for an input of `shape` (B, C, H, W), which may be only the first channels of the convolved one."""
     weight = conv.weight
     if shape[1] < weight.shape[1]:
         last = weight.is_contiguous(memory_format=torch.channels_last)
         kind = torch.channels_last if last else torch.contiguous_format
         weight = weight[:, : shape[1]].contiguous(memory_format=kind)
-    shape_alone = grad.new_empty(1).expand(shape)
+    shape_only = grad.new_empty(1).expand(shape)
     return aten.convolution_backward(
-        grad, shape_alone, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1,
+        grad, shape_only, weight, None, conv.stride, conv.padding, conv.dilation, False, [0, 0], 1,
         [True, False, False],
     )[0]
 
 
-class BesideFrozen(Function):
-    """How a ResNet begins on x (B, C, H, W) joined with a skip connection that needs no gradient.
+class FrozenSkip(Function):
+    """The start of a ResNet on x (B, C, H, W) joined with a skip connection that needs no gradient.
 
-    Returns the first convolution (without bias) of the norm and SiLU of both, and their shortcut. Keeps both; its
+    Returns the first convolution (without bias) after norm and SiLU, and the shortcut. Keeps the joined input; the
     backward pass leaves out the channels of the skip connection.
     """
 
@@ -253,7 +253,7 @@ class BesideFrozen(Function):
         both, mean, rstd = ctx.saved_tensors
         norm, count = ctx.block.norm1, ctx.shape[1]
         size = norm.num_channels // norm.num_groups
-        groups = -(-count // size)  # those that x has channels in
+        groups = -(-count // size)  # those with channels of x
         some = both[:, : groups * size]
         weight, bias = norm.weight[: groups * size], norm.bias[: groups * size]
         grad = _convolve_backward(grad, ctx.block.conv1, some.shape)
@@ -263,7 +263,7 @@ class BesideFrozen(Function):
 
 
 class FeedForward(Function):
-    """Linear, GEGLU, linear, all frozen, on (..., D). Keeps the first one's output."""
+    """Linear, GEGLU, linear, all frozen, on (..., D). Keeps the output of the first."""
 
     @staticmethod
     def forward(ctx, x, first, first_bias, second, second_bias, ops):
@@ -280,10 +280,10 @@ class FeedForward(Function):
 
 
 class Projected(Function):
-    """x (..., D) through `projection`, n linear layers with LoRA beside each other: n tensors (..., out).
+    """x (..., D) through the n linear layers with LoRA of `projection`: n tensors (..., out).
 
     Keeps x and the LoRA's inner values (..., n * rank). `anchor` is any tensor that requires a gradient: without it
-    autograd would pass over a layer whose input requires none.
+    autograd would skip a layer whose input requires none.
     """
 
     @staticmethod
@@ -315,11 +315,11 @@ class Projected(Function):
         return grad_rows.view(ctx.shape), None, None
 
 
-class OneCrossAttention(Function):
-    """Attention of q (1, T, C) to few keys and values k, v (1, L, C). Keeps all three.
+class SingleCrossAttention(Function):
+    """Attention of one picture's q (1, T, C) to few keys and values k, v (1, L, C). Keeps all three.
 
-    Its backward pass is written out: torch's memory-efficient kernel shares a head's work out by keys, which leaves
-    most of a GPU idle where there are 77 of them and one picture.
+    Its backward pass is written out: torch's memory-efficient kernel splits a head's work by keys, and with 77 keys
+    and one picture most of the GPU would be idle.
     """
 
     @staticmethod
@@ -345,7 +345,7 @@ class OneCrossAttention(Function):
 
 def cross_attention(q, k, v, heads, ops):
     """Attention of q (B, T, C) to a caption's k and v (B, L, C): (B, T, C)."""
-    return OneCrossAttention.apply(q, k, v, heads, ops) if len(q) == 1 else attention(q, k, v, heads)
+    return SingleCrossAttention.apply(q, k, v, heads, ops) if len(q) == 1 else attention(q, k, v, heads)
 
 
 def attention(q, k, v, heads):
@@ -355,5 +355,5 @@ def attention(q, k, v, heads):
 
 
 def by_head(x, heads):
-    """(B, T, heads * D) seen as (B, heads, T, D)."""
+    """(B, T, heads * D) viewed as (B, heads, T, D)."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The GPU: what it is, how much of its memory is free, and giving memory back."""
+"""The GPU: its properties, its free memory, and how to release memory."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
-CONTEXT = 0.45 * GIB  # of the card: the CUDA driver's own and the kernels' code, outside of torch's allocator
+CONTEXT = 0.45 * GIB  # that the CUDA driver and the kernels' code take, outside of torch's allocator
 
 
 @dataclass(frozen=True)
 class Card:
-    """What of a device matters to a plan; for another than the one here see `Card.of`."""
+    """The properties of a device that a plan needs; `Card.of` describes a card that is not in this machine."""
 
     name: str
     free: float  # bytes that torch's allocator can take
     sm: int = 0  # compute capability: 75 is 7.5; 0 is a CPU
     processors: int = 0  # streaming multiprocessors
     host_free: float = 0.0  # bytes of the host's memory
-    triton: bool = False  # torch.compile can make kernels
+    triton: bool = False  # torch.compile can generate kernels
     cores: int = 1
 
     @property
@@ -32,12 +32,12 @@ class Card:
 
     @staticmethod
     def of(name: str, gib: float, sm: int = 75, processors: int = 40, host_gib: float = 11.0, cores: int = 2) -> Card:
-        """A card of `gib` GiB with nothing on it; CUDA's own share is not free."""
+        """A card of `gib` GiB that no program uses; what CUDA itself takes is not free."""
         return Card(name, gib * GIB - CONTEXT, sm, processors, host_gib * GIB, True, cores)
 
     @staticmethod
     def here(device: torch.device) -> Card:
-        """The device as it is now: what other programs and live tensors hold, and a cap set on torch, are taken off."""
+        """The device as it is now: memory is free that neither programs nor live tensors hold, within torch's cap."""
         host, cores = host_free(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         if device.type != "cuda":
             return Card("CPU", host, host_free=host, cores=cores or 1)
@@ -46,15 +46,15 @@ class Card:
         return Card(about.name, available(device), sm, about.multi_processor_count, host, triton, cores or 1)
 
 
-def expandable() -> None:
-    """Lets torch's allocator grow its pages, which leaves fewer gaps, unless somebody has set it up otherwise."""
+def use_expandable_segments() -> None:
+    """Turns on the allocator's expandable segments, which leave fewer gaps, unless the user has configured it."""
     if not torch.cuda.is_available() or {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"} & set(os.environ):
         return
     torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def send(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A CPU tensor on `device`; to a GPU from pinned memory, so that nobody waits for what it is still doing."""
+    """Copies a CPU tensor to `device`; to a GPU from pinned memory, so that the CPU need not wait for the GPU."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -68,7 +68,7 @@ def host_free() -> float:
 
 
 def row(part: str, module: torch.nn.Module) -> dict[str, str]:
-    """A row for a table: how large a part of SDXL is, in parameters and in memory."""
+    """A table row: the size of a part of SDXL, in parameters and in memory."""
     tensors = [*module.parameters(), *module.buffers()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     count = sum(parameter.numel() for parameter in module.parameters())
@@ -82,12 +82,12 @@ def reset_peak() -> None:
 
 
 def peak_gib() -> float | None:
-    """GiB of GPU memory allocated at most since `reset_peak`; None without a GPU."""
+    """The most GPU memory that was allocated since `reset_peak`, in GiB; None without a GPU."""
     return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be taken on a GPU: free ones and those in PyTorch's cache, within the process's cap."""
+    """Bytes that can still be allocated on a GPU: free ones and those in PyTorch's cache, within the process's cap."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     number = torch.cuda.current_device() if device.index is None else device.index
@@ -95,14 +95,14 @@ def available(device: torch.device) -> int:
     return min(free, cap) + reserved - torch.cuda.memory_allocated(device)
 
 
-def is_full(error: RuntimeError) -> bool:
-    """Whether it says that the GPU's memory, or the host's for a copy, is used up: CUDA's libraries do in many ways."""
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the GPU ran out of memory, or the host in a copy: CUDA's libraries report that in many wordings."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
 
 
 def free() -> None:
-    """Gives memory back after the last reference is gone: garbage, a kept traceback's tensors, CUDA's cache."""
+    """Releases memory that nothing needs: garbage, the tensors that a traceback keeps, CUDA's cache."""
     for name in ("last_traceback", "last_value", "last_exc"):
         if hasattr(sys, name):
             setattr(sys, name, None)

@@ -1,8 +1,8 @@
-"""What a run will take of a GPU's memory, reckoned from the U-Net's configuration before any weight is loaded.
+"""The GPU memory that a run needs, calculated from the U-Net's configuration before any weight is loaded.
 
-A U-Net on meta tensors (no memory) tells the sizes of its layers. What each keeps for the backward pass follows from
-what `fused`'s functions say that they keep; forward and backward pass are then gone through layer by layer.
-`tests/test_predict.py` holds what is kept against the real step, `tests/benchmarks/plan.py` the peaks against a GPU's.
+A U-Net on meta tensors (no memory) gives the sizes of its layers. What each keeps for the backward pass follows from
+what `fused`'s functions keep; the peak is found by walking through the forward and backward pass, layer by layer.
+`tests/memory/test_predict.py` compares this with the real step, `tests/benchmarks/plan.py` the peaks with a GPU's.
 """
 
 from __future__ import annotations
@@ -19,61 +19,61 @@ from .fallback import Rung
 from .gpu import CONTEXT, GIB
 
 TOKENS = 77  # of a caption
-SPLIT = 32  # torch's attention keeps a number a row, rows rounded up to this
-SMALLEST = 4096  # numbers: bitsandbytes' Adam keeps smaller tensors' states in 32 bits
+SPLIT = 32  # torch's attention keeps one value a row; the number of rows is rounded up to a multiple of this
+SMALLEST = 4096  # elements: bitsandbytes' Adam keeps the states of smaller tensors in 32 bits
 WORKSPACE = 64 * 2**20  # cuBLAS's two on Hopper, and the most elsewhere
 LOSS = 6  # fp32 tensors of the latents' size
-GAPS = 0.04  # of the activations: what the allocator takes beside, measured on an H200
-HOLES = {"int8": 0.055, "nf4": 0.235}  # of the whole weights, where they were and nothing else fits in (H200)
-PAGES, GRAPHS = 0.1 * GIB, 0.3 * GIB  # and at least; where a CUDA graph has memory of its own
-PLAIN = 1.77  # the plain step keeps so many times more, autocast's and peft's casts, and a caption a block (H200)
+GAPS = 0.04  # share of the activations that the allocator takes on top, measured on an H200
+HOLES = {"int8": 0.055, "nf4": 0.235}  # share of the unpacked weights that stays as unusable gaps after packing (H200)
+PAGES, GRAPHS = 0.1 * GIB, 0.3 * GIB  # the least that the allocator takes on top, without and with a CUDA graph
+PLAIN = 1.77  # how much more the plain step keeps, by autocast's and peft's casts, besides a caption a block (H200)
 
 
 @dataclass(frozen=True)
 class Layer:
     """A layer of the U-Net and its sizes for one picture."""
 
-    kind: str  # block, resnet, transformer (its norm alone) or end (the last norm)
-    place: int | None  # in `lean.units`: it is recomputed by rungs that recompute more than so many
+    kind: str  # block, resnet, transformer (only its norm) or end (the last norm)
+    place: int | None  # index in `lean.units`: rungs that recompute more than this many recompute it
     rows: int  # tokens or pixels
     width: int  # channels in
     out: int  # channels out
     heads: int  # of both attentions
     text: int  # channels of a caption's embedding
-    first: bool  # no LoRA stands before it: what comes in needs no gradient
-    joined: int  # channels of a skip connection, among those in, that needs a gradient and is kept where it begins
+    first: bool  # no LoRA comes before it: its input needs no gradient
+    joined: int  # input channels of a skip connection that needs a gradient and is already kept where it starts
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a prediction needs to know of a U-Net at one size of latents."""
+    """What a prediction needs to know about a U-Net at one size of latents."""
 
     layers: tuple[Layer, ...]  # in the order of the forward pass
-    numbers: int  # of the frozen weights
-    linear: int  # of these in the transformer blocks' linear layers
-    largest: int  # of these in one layer
-    sides: tuple[int, ...]  # of the LoRA's matrices: each has side * rank numbers
-    waiting: int  # numbers a picture that wait for the last up block and that no layer keeps
-    skips: int  # numbers a picture of the skip connections
+    numbers: int  # frozen weights
+    linear: int  # those in the transformer blocks' linear layers
+    largest: int  # those in the largest of these layers
+    sides: tuple[int, ...]  # of the LoRA's matrices: each has side * rank elements
+    waiting: int  # elements a picture of skip connections that wait for the last up block and that no layer keeps
+    skips: int  # elements a picture of all skip connections
     text: int  # channels of a caption's embedding
-    pixels: int  # of a latent
+    pixels: int  # of the latents
 
     @property
     def units(self) -> int:
-        """How many there are that can be recomputed."""
+        """The number of layers that can be recomputed."""
         return sum(layer.place is not None for layer in self.layers)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes by what takes them, at the moment of the peak."""
+    """Bytes at the moment of the peak, by what takes them."""
 
     weights: float
     lora: float
     optimizer: float
     activations: float  # kept for the backward pass
-    workspace: float  # what lives for a moment: gradients, copies, kernels' scratch memory
-    rounding: float  # taken by the allocator and not used
+    workspace: float  # short-lived: gradients, copies, kernels' scratch memory
+    rounding: float  # reserved by the allocator and not used
     context: float  # CUDA's own, outside of the allocator
 
     @property
@@ -84,7 +84,7 @@ class Parts:
 
 def shape_of(recipe) -> Shape:
     """The sizes of a recipe's U-Net, for square pictures."""
-    return shape(recipe.base, recipe.resolution // models.pixels_a_latent(recipe.base, recipe.vae))
+    return shape(recipe.base, recipe.resolution // models.vae_scale_factor(recipe.base, recipe.vae))
 
 
 @functools.cache
@@ -139,7 +139,7 @@ KINDS = {"BasicTransformerBlock": "block", "ResnetBlock2D": "resnet"}
 
 
 def _trace(unet, side: int):
-    """A forward pass: [(module, what came in, what went out)] of its layers in order; the skip connections."""
+    """A forward pass: [(module, input, output)] of its layers in order; the skip connections."""
     calls, skips = [], []
 
     def note(module, args, kwargs, out):
@@ -165,61 +165,61 @@ def _trace(unet, side: int):
 
 @dataclass(frozen=True)
 class Cost:
-    """Numbers (in the compute dtype) that a layer holds, for a micro-batch."""
+    """Elements (in the compute dtype) that a layer holds, for a micro-batch."""
 
     entry: float = 0  # kept if it is recomputed
     kept: float = 0  # kept if it is not
-    inside: float = 0  # that its recomputation keeps
-    forward: float = 0  # more, for a moment, in the forward pass
-    backward: float = 0  # and in the backward pass
-    waits: float = 0  # of gradients left for later
+    inside: float = 0  # kept while it is recomputed
+    forward: float = 0  # short-lived ones in the forward pass
+    backward: float = 0  # short-lived ones in the backward pass
+    waits: float = 0  # gradients held until a later layer needs them
 
 
 @functools.cache
 def cost(layer: Layer, batch: int, rank: int, size: int) -> Cost:
-    """What the lean step's functions keep of `layer` (see `fused`); `size` is the bytes of a number."""
-    each, single = batch * layer.rows * layer.width, 4 / size  # a tensor that comes in; an fp32 number
+    """What the lean step's functions keep of `layer` (see `fused`); `size` is the bytes of an element."""
+    given, single = batch * layer.rows * layer.width, 4 / size  # the input's elements; an fp32 value in elements
     if layer.kind == "block":
         return _block_cost(layer, batch, rank, single)
     if layer.kind == "end":  # in fp32
-        return Cost(0, each, 0, 2 * single * each, 4 * single * each)
+        return Cost(0, given, 0, 2 * single * given, 4 * single * given)
     if layer.kind == "transformer":
-        return Cost(0, 0 if layer.first else each, 0, 2 * each, 3 * each)
+        return Cost(0, 0 if layer.first else given, 0, 2 * given, 3 * given)
     after = batch * layer.rows * layer.out
-    forward = max(2 * each, 3 * after) + after
+    forward = max(2 * given, 3 * after) + after
     if layer.first:
         return Cost(forward=forward)
-    backward = max(5 * after, 5 * each + after)
-    entry = each - batch * layer.rows * layer.joined
-    return Cost(entry, each + after, each - entry + after, forward, backward, each if layer.joined else 0)
+    backward = max(5 * after, 5 * given + after)
+    entry = given - batch * layer.rows * layer.joined
+    return Cost(entry, given + after, given - entry + after, forward, backward, given if layer.joined else 0)
 
 
 def _block_cost(layer: Layer, batch: int, rank: int, single: float) -> Cost:
-    each, rows = batch * layer.rows * layer.width, batch * layer.rows
+    given, rows = batch * layer.rows * layer.width, batch * layer.rows
     widths = 3 + 1 + 1 + 1 + 1 + 1 + 8 + 2  # qkv, out, sum, q, out, sum, GEGLU's input; two norms
     statistics = rows * (3 * 2) + batch * layer.heads * math.ceil(layer.rows / SPLIT) * SPLIT * (1 if batch == 1 else 2)
     text = batch * TOKENS * (2 * layer.width + 4 * rank)
-    inside = widths * each + (6 + 4) * rank * rows + statistics * single + text  # inner values, some twice
-    return Cost(each, inside + (0 if layer.first else each), inside, 10 * each, 17 * each)
+    inside = widths * given + (6 + 4) * rank * rows + statistics * single + text  # inner values, some twice
+    return Cost(given, inside + (0 if layer.first else given), inside, 10 * given, 17 * given)
 
 
 def keeps(layer: Layer, rung: Rung, rank: int, size: int) -> float:
-    """Numbers (of `size` bytes) that `rung` keeps of a layer for the backward pass."""
+    """Elements (of `size` bytes) that `rung` keeps of a layer for the backward pass."""
     of = cost(layer, rung.batch, rank, size)
-    if _again(layer, rung):
+    if _is_recomputed(layer, rung):
         return of.entry
     if rung.lean:
         return of.kept
     return PLAIN * of.kept + (rung.batch * TOKENS * layer.text if layer.kind == "block" else 0)
 
 
-def _again(layer: Layer, rung: Rung) -> bool:
+def _is_recomputed(layer: Layer, rung: Rung) -> bool:
     """Whether the layer's forward pass runs again in the backward pass."""
     return layer.place is not None and layer.place < rung.recompute
 
 
 def peak(shape: Shape, rung: Rung, rank: int, size: int) -> tuple[float, float]:
-    """Bytes at the peak of a micro-step: kept for the backward pass, and what lives for a moment beside it."""
+    """Bytes at the peak of a micro-step: kept for the backward pass, and short-lived."""
     scale = 1 if rung.lean else PLAIN
     kept = rung.batch * TOKENS * shape.text + LOSS * 4 / size * rung.batch * 4 * shape.pixels
     kept += sum(keeps(layer, rung, rank, size) for layer in shape.layers)
@@ -228,27 +228,27 @@ def peak(shape: Shape, rung: Rung, rank: int, size: int) -> tuple[float, float]:
     waits = 0.0
     for layer in reversed(shape.layers):
         of = cost(layer, rung.batch, rank, size)
-        found.append((kept, waits + scale * (of.backward + (of.inside if _again(layer, rung) else 0))))
+        found.append((kept, waits + scale * (of.backward + (of.inside if _is_recomputed(layer, rung) else 0))))
         kept, waits = kept - keeps(layer, rung, rank, size), waits + of.waits
     kept, moment = max(found, key=sum)
     return kept * size, moment * size
 
 
 def evaluation(shape: Shape, rung: Rung, rank: int, size: int) -> float:
-    """Numbers at the peak of a forward pass that needs no gradients."""
+    """Elements at the peak of a forward pass without gradients."""
     most = max(cost(layer, rung.batch, rank, size).forward for layer in shape.layers)
     return rung.batch * (shape.skips + TOKENS * shape.text) + most
 
 
 def predict(shape: Shape, rung: Rung, recipe, cuda: bool = True) -> Parts:
-    """Bytes by part that `rung` takes at the peak of a step."""
+    """Bytes that `rung` takes at the peak of a step, by part."""
     size = models.DTYPES[recipe.precision].itemsize
     trained = recipe.rank * sum(shape.sides)
     kept, moment = peak(shape, rung, recipe.rank, size)
     copies = 2 * size if rung.lean else size  # autocast keeps one
     if rung.weights != "resident":
         moment += shape.largest * size
-    if rung.graphed:  # beside the graph's own memory: the hold-out's forward passes, cuBLAS's workspaces again
+    if rung.graphed:  # on top of the graph's memory: the hold-out's forward passes, cuBLAS's workspaces again
         moment += WORKSPACE + size * evaluation(shape, rung, recipe.rank, size)
     held = (
         (shape.numbers - shape.linear) * size + shape.linear * stored(rung.weights, size),
@@ -262,14 +262,14 @@ def predict(shape: Shape, rung: Rung, recipe, cuda: bool = True) -> Parts:
     if rung.weights == "resident":
         return step
     loading = (shape.numbers * size, trained * 4, 0, 0, 3 * shape.largest * size, PAGES * cuda, CONTEXT * cuda)
-    return max(step, Parts(*loading), key=lambda parts: parts.reserved)  # whole before they are packed
+    return max(step, Parts(*loading), key=lambda parts: parts.reserved)  # unpacked at first
 
 
 def stored(weights: str, size: int) -> float:
-    """Bytes on the GPU of a frozen number: 8 and 4 bits have an fp32 scale a block (bitsandbytes)."""
+    """Bytes of a frozen weight on the GPU: 8 and 4 bits have an fp32 scale a block (bitsandbytes)."""
     return {"resident": size, "host": 0, "int8": 1 + 4 / 256, "nf4": 0.5 + 4 / 64}[weights]
 
 
 def _adam(numbers: int, cuda: bool) -> float:
-    """Bytes of Adam's two states of a tensor: 8 bits and an fp32 scale a block of 256; 32 bits if it is small."""
+    """Bytes of Adam's two states of a tensor: 8 bits with an fp32 scale a block of 256; 32 bits if it is small."""
     return 8 * numbers if not cuda or numbers < SMALLEST else 2 * (numbers + 4 * math.ceil(numbers / 256))

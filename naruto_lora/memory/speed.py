@@ -1,4 +1,4 @@
-"""This machine's own speed, measured in under a minute: by precision, and for a recipe."""
+"""This machine's speed, measured in under a minute: by precision, and for a recipe."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from . import plan as plans
 from .fallback import Rung, make_engine
 
 SIDE = 4096  # of the square matrices that are multiplied
-WARM, TIMED = 3, 3  # micro-steps
+WARM, TIMED = 3, 3  # micro-steps before the measurement, and in it
 
 
 def precisions(side: int = SIDE) -> list[dict]:
-    """Rows for a table: TFLOP/s of a matrix product and of a 3 x 3 convolution in each precision, and fp16's gain.
+    """Table rows: TFLOP/s of a matrix product and of a 3 x 3 convolution in each precision, and the gain over fp32.
 
-    On a CPU in fp32 alone.
+    On a CPU only in fp32.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -37,13 +37,13 @@ def precisions(side: int = SIDE) -> list[dict]:
     return [
         {"precision": row["precision"]}
         | {f"{what}, TFLOP/s": f"{row[what] / 1e12:.3g}" for what in ("matrix product", "convolution")}
-        | {"of fp32": f"{row['matrix product'] / slowest['matrix product']:.2g} x"}
+        | {"against fp32": f"{row['matrix product'] / slowest['matrix product']:.2g} x"}
         for row in rows
     ]
 
 
 def _seconds(work, device, least: float = 0.3) -> float:
-    """Seconds of `work()`, the mean over as many calls as fill `least` seconds."""
+    """Seconds of `work()`: the mean over as many calls as take `least` seconds."""
     work()
     count = 1
     while True:
@@ -64,10 +64,10 @@ def _wait(device) -> None:
 
 
 def steps(recipes, show=None) -> list[dict]:
-    """Rows for a table: what each recipe's steps take on this machine, on random inputs.
+    """Table rows: the time of each recipe's steps on this machine, on random inputs.
 
-    Each is measured on the rung that `plan.plan` takes, but not compiled: that would take longer than this may.
-    The recipes share a base. Raises what loading the U-Net does.
+    Each is measured on the rung that `plan.plan` chooses, but not compiled, as compiling would take too long.
+    The recipes share a base. Raises what loading the U-Net raises.
     """
     recipes = list(recipes)
     device = models.device_for(recipes[0].precision)
@@ -80,10 +80,10 @@ def steps(recipes, show=None) -> list[dict]:
         rows.append(
             {
                 "recipe": recipe.name,
-                "pictures together": rung.batch,
-                "ms": f"{seconds * 1000:,.0f}",
+                "micro-batch": rung.batch,
+                "ms a micro-batch": f"{seconds * 1000:,.0f}",
                 "s a step": f"{a_step:.3g}",
-                "minutes in all": f"{a_step * recipe.steps / 60:,.0f}",
+                "minutes in total": f"{a_step * recipe.steps / 60:,.0f}",
                 "GiB": "-" if device.type == "cpu" else f"{gpu.peak_gib():.1f}",
             }
         )
@@ -100,7 +100,7 @@ def _micro_step(unet, recipe, rung, device) -> float:
     if rung.lean and lean.unsupported(unet):
         rung = Rung(rung.batch, rung.recompute, lean=False)
     engine = make_engine(unet, parameters, rung)
-    side = recipe.resolution // models.pixels_a_latent(recipe.base, recipe.vae)
+    side = recipe.resolution // models.vae_scale_factor(recipe.base, recipe.vae)
     inputs = random_inputs(unet, rung.batch, side, device)
     inputs["alphas_cumprod"] = models.load_alphas_cumprod(recipe.base).to(device)
     seed = torch.ones(rung.batch, device=device)
@@ -115,7 +115,7 @@ def _micro_step(unet, recipe, rung, device) -> float:
 
 
 def random_inputs(unet, batch: int, side: int, device, tokens: int = 77) -> dict[str, torch.Tensor]:
-    """What `step.diffusion_loss` takes but for the noise schedule: latents (B, 4, side, side), a U-Net's own widths."""
+    """The inputs of `step.diffusion_loss` without the noise schedule, for `unet`: latents (B, 4, side, side)."""
     config = unet.config
     pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
     latents, noise = torch.randn(2, batch, config.in_channels, side, side, device=device)

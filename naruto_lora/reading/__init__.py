@@ -1,12 +1,12 @@
-"""Reading: pictures, captions and prompts as people have them.
+"""Reading: pictures, captions and prompts in every layout that people use.
 
 `data.load` picks the reader; each reader gives rows of (name, caption, file or bytes). In the order to read it:
 
-- `folder`: a folder of pictures, captions in metadata.jsonl or in a .txt file beside each picture
+- `folder`: a folder of pictures; captions in metadata.jsonl or in a .txt file beside each picture
 - `archive`: a .zip of such a folder, unpacked once
 - `table`: parquet files, or a data set on the hub, read by the `datasets` library
-- `picture`: one picture from its bytes: upright, in RGB, cropped
-- `faults`: what in a data set may spoil a LoRA
+- `picture`: one picture from its bytes: upright, in RGB, cropped; the buckets
+- `faults`: pictures and captions that may spoil a LoRA
 - `prompts`: prompts from a list or a file
 
 It imports `files` and `hub`. `data`, `cache` and `pipeline` import it.

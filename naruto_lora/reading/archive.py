@@ -1,4 +1,4 @@
-"""A data set in a .zip, unpacked once into the user's cache."""
+"""A data set in a .zip, unpacked once into the user's cache folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 from ..files import sha256
 
-UNZIPPED = 40e9  # bytes that a zip may hold
+MAX_UNZIPPED = 40e9  # bytes that a zip may hold
 
 
 def unzip(archive: Path) -> Path:
-    """The folder with a zip's content, unpacked once into the user's cache, by what it holds.
+    """The folder with a zip's content, unpacked once into the user's cache folder, under its SHA-256.
 
-    Names that lead out of the folder, links and hidden files are left out; a single folder at the top is entered.
-    Raises FileNotFoundError, ValueError for a damaged, encrypted or far too large one, OSError for a full disk.
+    Skips links, hidden files and names that lead out of the folder; enters a single folder at the top. Raises
+    FileNotFoundError, ValueError for a zip that is damaged, encrypted or far too large, OSError for a full disk.
     """
     if not archive.is_file():
         raise FileNotFoundError(f"the file '{archive}' does not exist; check the path")
@@ -40,23 +40,23 @@ def unzip(archive: Path) -> Path:
 def _extract(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as opened:
-            wanted = [entry for entry in opened.infolist() if _plain_file(entry)]
-            size, free = sum(entry.file_size for entry in wanted), shutil.disk_usage(folder).free
-            if size > min(UNZIPPED, free - 2**30):
+            entries = [entry for entry in opened.infolist() if _plain_file(entry)]
+            size, free = sum(entry.file_size for entry in entries), shutil.disk_usage(folder).free
+            if size > min(MAX_UNZIPPED, free - 2**30):
                 raise ValueError(
-                    f"the zip '{archive}' holds {size / 1e9:.1f} GB: more than {UNZIPPED / 1e9:.0f} GB, or than the "
-                    f"disk's {free / 1e9:.1f} GB leave room for; take a smaller one"
+                    f"the zip '{archive}' holds {size / 1e9:.1f} GB, more than {MAX_UNZIPPED / 1e9:.0f} GB or too much "
+                    f"for the disk's {free / 1e9:.1f} GB; use a smaller one"
                 )
-            for entry in wanted:
+            for entry in entries:
                 opened.extract(entry, folder)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error, EOFError) as error:
-        raise ValueError(f"the zip '{archive}' can't be unpacked ({error}); make it anew, without a password") from None
+        raise ValueError(f"the zip '{archive}' can't be unpacked ({error}); zip it again, without a password") from None
 
 
 def _plain_file(entry: zipfile.ZipInfo) -> bool:
-    """Whether a zip's entry is a visible file within the folder that it is unpacked into."""
+    """Whether a zip's entry is a visible file inside the folder that the zip is unpacked into."""
     parts = entry.filename.replace("\\", "/").split("/")
     outside = entry.filename.startswith(("/", "\\")) or any(part == ".." or ":" in part for part in parts)
     hidden = any(part.startswith(".") for part in parts) or parts[0] == "__MACOSX"
-    link = entry.external_attr >> 28 == 0xA  # the file's kind in Unix' mode bits
+    link = entry.external_attr >> 28 == 0xA  # the file type in Unix' mode bits
     return not (entry.is_dir() or outside or hidden or link)

@@ -1,4 +1,4 @@
-"""What in a data set may spoil a LoRA, before hours are spent on it."""
+"""What in a data set may spoil a LoRA: a look before hours of training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 
 
 def look(examples: list, resolution: int) -> list[dict]:
-    """Rows for a table: what in a data set may spoil a LoRA at `resolution` px, how often, and an example of each."""
+    """Rows for a table: each kind of fault at `resolution` px, how many pictures have it, and an example."""
     sizes = [example.size() for example in examples]
     seen, captions = set(), collections.Counter(example.caption.strip() for example in examples)
     faults = {

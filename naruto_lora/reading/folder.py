@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-Row = tuple[str, object, Path | bytes]  # a picture's name, its caption as it was found, its file or compressed bytes
+Row = tuple[str, object, Path | bytes]  # a picture's name, its caption (unchecked), its file or compressed bytes
 
 
 def read(folder: Path) -> list[Row]:
@@ -16,13 +16,13 @@ def read(folder: Path) -> list[Row]:
     rows = []
     for file in files:
         name = file.relative_to(folder).as_posix()
-        caption = captions.get(name) if captions is not None else _beside(file)
+        caption = captions.get(name) if captions is not None else _caption_beside(file)
         if caption is None:
             where = "in metadata.jsonl" if captions is not None else f"in '{file.with_suffix('.txt').name}' beside it"
             raise ValueError(f"the picture '{name}' in '{folder}' has no caption; add one {where}")
         rows.append((name, caption, file))
     for name in sorted(set(captions or ()) - {name for name, *_ in rows}):
-        raise ValueError(f"metadata.jsonl in '{folder}' names '{name}', which is not there; add it or drop the line")
+        raise ValueError(f"metadata.jsonl in '{folder}' names '{name}', which is not there; add it or remove the line")
     return rows
 
 
@@ -30,21 +30,21 @@ def _visible(file: Path, folder: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def _beside(file: Path) -> str | None:
+def _caption_beside(file: Path) -> str | None:
     text = file.with_suffix(".txt")
-    return _text(text).strip() if text.is_file() else None
+    return _read_text(text).strip() if text.is_file() else None
 
 
-def _text(file: Path) -> str:
+def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"the file '{file}' is not in UTF-8; save it again in that encoding") from None
+        raise ValueError(f"the file '{file}' is not in UTF-8; save it again as UTF-8") from None
 
 
 def _metadata(file: Path) -> dict[str, str]:
     captions = {}
-    for number, line in enumerate(_text(file).split("\n"), 1):
+    for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -1,4 +1,4 @@
-"""A picture from its compressed bytes: upright, in RGB, cropped to the size that training wants."""
+"""A picture from its compressed bytes: upright, in RGB, cropped to the size for training."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 
 from PIL import ExifTags, Image, ImageOps
 
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a bad picture
 
 
 def size(content: bytes) -> tuple[int, int]:
-    """(height, width) in px of the picture upright, from its header. Raises what is UNREADABLE."""
+    """(height, width) in px of the upright picture, from its header. Raises UNREADABLE errors."""
     with Image.open(io.BytesIO(content)) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
         return image.size if turned else image.size[::-1]
 
 
 def upright(content: bytes, mirrored: bool = False) -> Image.Image:
-    """The picture upright, in RGB, transparency on white. Raises what is UNREADABLE."""
+    """The picture upright, in RGB, transparent parts white. Raises UNREADABLE errors."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     image = ImageOps.mirror(image) if mirrored else image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -28,14 +28,14 @@ def upright(content: bytes, mirrored: bool = False) -> Image.Image:
 
 
 def check(content: bytes) -> None:
-    """Decodes the picture to its last byte, a JPEG at a fraction of the cost. Raises what is UNREADABLE."""
+    """Reads the whole picture, a JPEG at low resolution to save time. Raises UNREADABLE errors."""
     with Image.open(io.BytesIO(content)) as image:
         image.draft("RGB", (64, 64))
         image.load()
 
 
 def crop(image: Image.Image, size: int | tuple[int, int]) -> tuple[Image.Image, tuple[int, ...]]:
-    """The picture resized so that it just covers `size`, (height, width) or a square's side in px; then a centre crop.
+    """The picture resized to just cover `size`, (height, width) or a square's side in px, then cropped at the centre.
 
     Returns the picture and SDXL's six size conditions: original height and width, crop top and left (px after
     the resize), target height and width. Source: SDXL report, arXiv 2307.01952, section 2.2.
@@ -52,7 +52,7 @@ def crop(image: Image.Image, size: int | tuple[int, int]) -> tuple[Image.Image, 
 def buckets(resolution: int) -> list[tuple[int, int]]:
     """Sizes (height, width) in px of about resolution**2 px each, from 1:4 to 4:1.
 
-    Sides are multiples of a sixteenth of `resolution` (64 px at 1024), and of 8 px, what a latent's pixel spans.
+    Sides are multiples of a sixteenth of `resolution` (64 px at 1024) and of 8 px, the side of one latent pixel.
     Source: multi-aspect training of the SDXL report, arXiv 2307.01952, section 2.3 and appendix I.
     """
     unit = max(8, resolution // 16 // 8 * 8)
@@ -63,6 +63,6 @@ def buckets(resolution: int) -> list[tuple[int, int]]:
 
 
 def bucket(size: tuple[int, int], resolution: int) -> tuple[int, int]:
-    """The (height, width) of `buckets(resolution)` whose aspect ratio is nearest to that of `size` in its logarithm."""
+    """The (height, width) of `buckets(resolution)` whose log aspect ratio is nearest to that of `size`."""
     height, width = size
     return min(buckets(resolution), key=lambda b: abs(math.log(b[0] / b[1] * width / height)))

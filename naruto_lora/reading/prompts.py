@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def read_prompts(source: list[str] | str | Path) -> list[str]:
-    """Prompts from a list, a .txt file (one a line) or a .json file (a list of texts).
+    """Prompts from a list, a .txt file (one per line) or a .json file (a list of texts).
 
-    Raises FileNotFoundError for a missing file, ValueError for one that holds no prompts.
+    Raises FileNotFoundError for a missing file, ValueError for one without prompts.
     """
     if isinstance(source, list):
         return source
@@ -22,5 +22,5 @@ def read_prompts(source: list[str] | str | Path) -> list[str]:
     except ValueError:
         prompts = None
     if not prompts or not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"'{path}' holds no prompts; a .txt needs one a line, a .json a list of texts, both in UTF-8")
+        raise ValueError(f"'{path}' holds no prompts; a .txt needs one per line, a .json a list of texts, in UTF-8")
     return prompts

@@ -12,7 +12,7 @@ from .folder import Row
 def read(dataset: str) -> list[Row]:
     """(name, caption, file or bytes) of each row of a folder with parquet files, or of a hub data set.
 
-    Raises FileNotFoundError for one that can't be fetched, ValueError for one without the columns image and text.
+    Raises FileNotFoundError if it can't be downloaded, ValueError if it lacks the columns image and text.
     """
     import datasets
 
@@ -24,7 +24,7 @@ def read(dataset: str) -> list[Row]:
             raise
         reason = textwrap.shorten(str(error), 80, placeholder=" ...")
         raise FileNotFoundError(
-            f"'{dataset}' is neither a folder here nor a data set that can be fetched from the hub "
+            f"'{dataset}' is neither a folder here nor a data set that can be downloaded from the hub "
             f"({type(error).__name__}: {reason}); check the name and the network"
         ) from None
     if not {"image", "text"} <= set(rows.column_names):

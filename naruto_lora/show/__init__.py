@@ -1,8 +1,8 @@
 """Show: what a person looks at, without a widget.
 
-In the order to read it:
+In reading order:
 
-- `compare`: pictures side by side, over time, under a slider
+- `compare`: pictures side by side, over time, or under a slider
 - `report`: a run's curves and tables
 - `page`: a comparison as one HTML file
 - `model_card`: the README.md of a LoRA on the hub

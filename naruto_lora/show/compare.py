@@ -1,4 +1,4 @@
-"""Side by side: base and adapters over the same prompts and seeds, as one picture to look at or to flip through."""
+"""Side by side: base and adapters on the same prompts and seeds, as one picture, a slider or cards."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ INK, PAPER, MARGIN = "#1b1b1f", "#ffffff", 12
 
 
 def grid(rows: dict[str, list[Image.Image]], captions: list[str] | None = None, size: int = 256) -> Image.Image:
-    """One picture with a labelled row a model and a column a prompt, cells of `size` px, captions underneath.
+    """One picture: a labelled row for each model, a column for each prompt, captions below; cells of `size` px.
 
-    Small pictures are enlarged without smoothing, so that what the model drew is what is seen.
+    Small pictures are enlarged without smoothing, so that the model's own pixels are seen.
     """
     count = max(len(pictures) for pictures in rows.values())
     font, small = ImageFont.load_default(size // 11 + 4), ImageFont.load_default(size // 18 + 5)
     left = MARGIN * 2 + max(int(font.getlength(name)) for name in rows)
     width = left + count * (size + MARGIN)
     texts = [textwrap.fill(c, max(8, int(size / small.getlength("n"))), max_lines=9) for c in captions or ()]
-    line = small.getbbox("A")[3] + 4  # Pillow's own, between one line of a text and the next
+    line = small.getbbox("A")[3] + 4  # as Pillow spaces the lines of a text
     under = max((text.count("\n") + 1 for text in texts), default=0) * line + (small.getmetrics()[1] if texts else 0)
     sheet = Image.new("RGB", (width, MARGIN + len(rows) * (size + MARGIN) + under), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -40,27 +40,27 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str] | None = None, 
 
 
 def beside(
-    drawn: dict[str, list[Image.Image]], captions: list[str], each: int = 1, size: int = 256
+    drawn: dict[str, list[Image.Image]], prompts: list[str], per_prompt: int = 1, size: int = 256
 ) -> Image.Image:
-    """One picture with a column a model and a row a picture, captions across: base | 256 | 1024 to read on a phone.
+    """One picture, readable on a phone: a column for each model (base | 256 | 1024), prompts across.
 
-    Each model's pictures are in the order of captions, `each` a caption.
+    Each model has `per_prompt` pictures for each prompt, one after the other; each is a row.
     """
     pictures = zip(*drawn.values(), strict=True)
-    rows = [("" if k % each else captions[k // each], found) for k, found in enumerate(pictures)]
+    rows = [("" if k % per_prompt else prompts[k // per_prompt], found) for k, found in enumerate(pictures)]
     return sheet(rows, list(drawn), size)
 
 
 def strip(pictures: list[Image.Image], labels: list[str], caption: str = "", size: int = 256,
           columns: int = 3) -> Image.Image:
-    """Pictures of one prompt with a label each, `columns` in a row: scales, schedulers, checkpoints."""
+    """Labelled pictures of one prompt, `columns` in a row: weights, schedulers, checkpoints."""
     parts = [slice(k, k + columns) for k in range(0, len(pictures), columns)]
     rows = [(caption if part.start == 0 else "", pictures[part], labels[part]) for part in parts]
     return sheet(rows, [""] * min(columns, len(pictures)), size)
 
 
 def nearest(found: Copying, drawn: list, examples: list[data.Example], count: int = 3) -> Image.Image:
-    """The `count` generated pictures that are nearest to a training picture, beside it, as one picture."""
+    """The `count` generated pictures nearest to a training picture, each beside that picture."""
     pairs = found.pairs[:count]
     real = [data.crop(examples[m].image(), drawn[k].width)[0] for k, m, _ in pairs]
     rows = {"drawn": [drawn[k] for k, *_ in pairs], "nearest training picture": real}
@@ -71,12 +71,12 @@ def nearest(found: Copying, drawn: list, examples: list[data.Example], count: in
 def over_time(
     previews: dict[int, list[Image.Image]], prompts: list[str], size: int = 256, columns: int = 4
 ) -> Image.Image:
-    """A run's previews {step: a picture a prompt} as one picture: a column a step, a row a prompt that was drawn.
+    """A run's previews {step: pictures} as one picture: a column for each step, a row for each prompt that was drawn.
 
-    Of more than `columns` steps evenly spaced ones are taken, the first and the last always.
+    If there are more than `columns` steps, evenly spaced ones are shown, with the first and the last.
     """
     if not previews:
-        raise ValueError("there are no previews to show: train with previews above 0 and a hold-out")
+        raise ValueError("there are no previews to show: train with `previews` above 0")
     steps, count = sorted(previews), min(columns, len(previews))
     steps = [steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)]
     found = max(map(len, previews.values()))
@@ -88,8 +88,8 @@ def over_time(
 def sheet(rows: list[tuple], columns: list[str], size: int = 256) -> Image.Image:
     """Rows (text across, pictures or None) under labelled columns, cells of `size` px, as one picture.
 
-    A row may bring a third member, labels under its pictures. Its letters are a 34th of the width, so that they can
-    be read where the whole is as wide as a phone. Paper and ink are its own, for light and dark pages.
+    A row can have a third item: labels under its pictures. Letters are 1/34 of the width, readable when the sheet is
+    as wide as a phone. The sheet has its own background, for light and dark pages.
     """
     cell = size + MARGIN
     width = MARGIN + max(2, len(columns)) * cell
@@ -117,7 +117,7 @@ def sheet(rows: list[tuple], columns: list[str], size: int = 256) -> Image.Image
 
 
 def _filled(text: str, font, width: int, lines: int = 4) -> str:
-    """`text` in lines of at most `width` px, cut after `lines` of them."""
+    """`text` wrapped to `width` px and cut after `lines` lines."""
     letters = len(text)
     while letters > 1:
         filled = textwrap.fill(text, letters, max_lines=lines, placeholder=" ...")
@@ -128,7 +128,7 @@ def _filled(text: str, font, width: int, lines: int = 4) -> str:
 
 
 def _short(label: str, font, width: int) -> str:
-    """`label` in at most `width` px, cut at its end."""
+    """`label`, its end cut off if it is wider than `width` px."""
     if font.getlength(label) <= width:
         return label
     while label and font.getlength(label + "...") > width:
@@ -142,7 +142,7 @@ def _enlarged(picture: Image.Image, size: int) -> Image.Image:
 
 
 def jpeg(picture: Image.Image, quality: int = 88) -> bytes:
-    """The picture as JPEG bytes, about a fifth of its PNG."""
+    """The picture as JPEG bytes, about a fifth of a PNG's size."""
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
@@ -157,11 +157,11 @@ def show(picture: Image.Image, quality: int = 80) -> None:
 
 
 def slider(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("base", "LoRA"), size: int = 384) -> str:
-    """HTML of two pictures over each other: drag, tap or use the arrow keys. No kernel, no network, in any page."""
+    """HTML of two pictures under a slider: drag, tap or use the arrow keys. It needs no kernel and no network."""
     first, second = (data_url(picture, size) for picture in (before, after))
     left, right = (html.escape(label) for label in labels)
     tag = "position:absolute;top:8px;max-width:45%;padding:2px 8px;border-radius:4px;background:#000b;color:#fff"
-    # an outer page's styles for img and input must not reach in: each property that matters is set here
+    # sets every property that matters, so that the outer page's styles for img and input have no effect
     fill = "position:absolute;left:0;top:0;width:100%;height:100%;max-width:none;margin:0;border:0;padding:0"
     return f"""<div style="{_SHRINK}">
 <div style="--x:50%;position:relative;width:{size}px;max-width:100%;aspect-ratio:1;overflow:hidden;\
@@ -179,7 +179,7 @@ border-radius:14px;background:#fff;color:#111;box-shadow:0 0 4px #000">&#8596;</
 
 
 def cards(drawn: dict[str, Image.Image], size: int = 320) -> str:
-    """HTML of named pictures beside each other, as many in a row as fit; a click or Enter enlarges one."""
+    """HTML of labelled pictures side by side, as many in a row as fit; a click or Enter enlarges one."""
     figures = "".join(
         f"""<figure style="margin:0;min-width:0"><img src="{data_url(picture, size)}" alt="{html.escape(name)}"
  tabindex="0" title="click to enlarge" onclick="{_ZOOM}" onkeydown="if(event.key=='Enter'){{{_ZOOM}}}"
@@ -192,7 +192,7 @@ def cards(drawn: dict[str, Image.Image], size: int = 320) -> str:
 max-width:{len(drawn) * (size + 8)}px;font:14px/1.4 system-ui,sans-serif">{figures}</div></div>"""
 
 
-_SHRINK = "contain:inline-size;width:100%"  # never wider than its place, as flex items else are in a widget's box
+_SHRINK = "contain:inline-size;width:100%"  # never wider than its container, unlike other flex items in a widget's box
 _ZOOM = "var s=this.parentNode.style;s.gridColumn=s.gridColumn?'':'1/-1'"
 
 
@@ -201,6 +201,6 @@ def _crisp(picture: Image.Image, size: int) -> str:
 
 
 def data_url(picture: Image.Image, size: int | None = None) -> str:
-    """The picture for an `img`, as JPEG, `size` px wide if it is small enough to be shown larger without smoothing."""
+    """The picture as a JPEG data URL for `img`; a small one is enlarged to `size` px without smoothing."""
     small = size and picture.width * 2 <= size
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg(_enlarged(picture, size) if small else picture)).decode()}"

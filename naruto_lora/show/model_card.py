@@ -1,4 +1,4 @@
-"""The model card: a LoRA folder's README.md for the hub, with pictures."""
+"""The model card: a LoRA folder's README.md for the Hugging Face Hub, with pictures."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ pipe({prompt}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]
 def write(folder: str | Path, run: dict, record: dict, label: str, drawn: dict[str, list], prompts: list[str]) -> Path:
     """Writes `folder`/README.md and its pictures for the adapter `label` of `run`; returns the README's path.
 
-    `record` is `page.summary`'s, `drawn` {label: pictures, as many a prompt}, the base's first. Captions and names
+    `record` is from `page.summary`, `drawn` {label: pictures} from `study.draw`, the base first. Captions and names
     are escaped for YAML, Markdown and HTML. Raises OSError.
     """
     folder, recipe, base = Path(folder), run["recipe"], list(drawn)[0]
-    each = len(drawn[label]) // len(prompts)
-    places = list(range(0, len(drawn[label]), each))[:4]
+    per_prompt = len(drawn[label]) // len(prompts)
+    places = list(range(0, len(drawn[label]), per_prompt))[:4]
     shown = {name: [drawn[name][k] for k in places] for name in (base, label)}
-    sheet = compare.beside(shown, [prompts[k // each] for k in places])
+    sheet = compare.beside(shown, [prompts[k // per_prompt] for k in places])
     pictures = {"images/compare.jpg": sheet} | {f"images/{n}.jpg": drawn[label][k] for n, k in enumerate(places)}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         files.replace(folder / name, lambda path, p=picture: path.write_bytes(compare.jpeg(p)))
-    widget = [{"text": prompts[k // each], "output": {"url": f"images/{n}.jpg"}} for n, k in enumerate(places)]
+    widget = [{"text": prompts[k // per_prompt], "output": {"url": f"images/{n}.jpg"}} for n, k in enumerate(places)]
     text = "\n".join([_front(recipe, widget), _body(run, record, label, base, prompts[0])])
     files.replace(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder / "README.md"
 
 
 def _front(recipe: dict, widget: list[dict]) -> str:
-    """The YAML head that the hub reads; JSON strings are YAML strings."""
+    """The YAML front matter for the hub, written with JSON strings, which are valid YAML."""
     fields = {
         "license": "openrail++" if recipe["base"].startswith("stabilityai/stable-diffusion-xl") else None,
         "library_name": "diffusers",
         "tags": ["text-to-image", "diffusers", "lora", "template:sd-lora", "stable-diffusion-xl"],
-        "base_model": recipe["base"] if hub.means_hub(recipe["base"]) else None,
-        "datasets": [recipe["dataset"]] if hub.means_hub(recipe["dataset"]) else None,
+        "base_model": recipe["base"] if hub.is_repository(recipe["base"]) else None,
+        "datasets": [recipe["dataset"]] if hub.is_repository(recipe["dataset"]) else None,
         "widget": widget,
     }  # fmt: skip
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value]
@@ -65,12 +65,12 @@ def _body(run: dict, record: dict, label: str, base: str, prompt: str) -> str:
     use = USE.format(
         vae=f"vae = AutoencoderKL.from_pretrained({json.dumps(vae)}, torch_dtype=torch.float16)\n" if vae else "",
         with_vae="vae=vae, " if vae else "", names="AutoencoderKL, DiffusionPipeline" if vae else "DiffusionPipeline",
-        base=json.dumps(recipe["base"] if hub.means_hub(recipe["base"]) else "THE_BASE"), name=recipe["name"],
+        base=json.dumps(recipe["base"] if hub.is_repository(recipe["base"]) else "THE_BASE"), name=recipe["name"],
         file=lora.FILE,
-        prompt=json.dumps(prompt, ensure_ascii=False), steps=record["look"].get("steps", 30),
-        guidance=record["look"].get("guidance_scale", 5.0),
+        prompt=json.dumps(prompt, ensure_ascii=False), steps=record["settings"].get("steps", 30),
+        guidance=record["settings"].get("guidance_scale", 5.0),
     )  # fmt: skip
-    data = recipe["dataset"] if hub.means_hub(recipe["dataset"]) else "a data set of one's own"
+    data = recipe["dataset"] if hub.is_repository(recipe["dataset"]) else "a local data set"
     return "\n".join([
         f"# {_plain(recipe['name'])}",
         f"A LoRA of rank {recipe['rank']} for Stable Diffusion XL, trained on {_plain(data)}.",
@@ -79,9 +79,9 @@ def _body(run: dict, record: dict, label: str, base: str, prompt: str) -> str:
         f"`{recipe['name']}.safetensors` is the same LoRA for ComfyUI and A1111.", "", "## Training",
         _table([{"what": key, "value": value} for key, value in row.items() if key != "model"]), "", "## Figures",
         *(_plain(sentence) for sentence in said), "", _table(verdict.rows(figures)), "",
-        f"95% intervals over prompts. Encoder: {_plain(record['encoder'])}. What they can't say:", "",
+        f"95% intervals over n prompts or pictures. Encoder: {_plain(record['encoder'])}. What they can't say:", "",
         *(f"- {row['figure']}: {row[CANNOT]}" for row in verdict.limits(figures)), "", "## Licence",
-        "The base's. Look up the data set's too before you publish what you make with it.", "",
+        "The base model's licence applies. Check the data set's too before you publish what you make with it.", "",
     ])  # fmt: skip
 
 
@@ -93,5 +93,5 @@ def _table(rows: list[dict]) -> str:
 
 
 def _plain(text) -> str:
-    """Text that neither Markdown nor HTML takes for its own."""
+    """Text with Markdown and HTML escaped, on one line."""
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", html.escape(" ".join(str(text).split()), quote=False))

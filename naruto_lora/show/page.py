@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs nothing else: verdict, figures, pictures, curves, how it was made."""
+"""A comparison as one self-contained HTML file: verdict, figures, pictures, curves, how it was made."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 def write(path: str | Path, record: dict, drawn: dict[str, list], prompts: list[str],
           sheets: dict[str, Image.Image] | None = None) -> Path:
-    """Writes the page; returns its path. `record` is `summary`'s, `drawn` {label: pictures, as many a prompt}.
+    """Writes the page; returns its path. `record` is from `summary`, `drawn` {label: pictures} from `study.draw`.
 
-    `sheets` are more pictures, {title: picture}: curves, strips, nearest pairs. All text is escaped, and the page
-    may load nothing from elsewhere. Raises OSError.
+    `sheets` are further pictures, {title: picture}: curves, strips, nearest pairs. All text is escaped, and the page
+    loads nothing from other places. Raises OSError.
     """
     parts = [f"<h1>{' · '.join(map(html.escape, drawn))}</h1>", *_verdict(record), *_grid(drawn, prompts)]
     parts += ["<h2>Figures</h2>", _table(verdict.rows(record["figures"])), _note(record)]
@@ -55,15 +55,15 @@ def _verdict(record: dict) -> list[str]:
 
 
 def _grid(drawn: dict, prompts: list[str]) -> list[str]:
-    """The slider of first and last model, then a row of pictures a prompt and seed."""
+    """A slider of the first and the last model, then a row of pictures for each prompt and seed."""
     first, last = list(drawn)[0], list(drawn)[-1]
-    each = len(drawn[first]) // len(prompts)
+    per_prompt = len(drawn[first]) // len(prompts)
     size = 512 if drawn[first][0].width >= 256 else 384
-    parts = ["<h2>Pictures</h2><p>The same noise in each row: what differs is the LoRA. Drag the handle; click a "
+    parts = ["<h2>Pictures</h2><p>In each row the noise is the same; only the LoRA differs. Drag the handle; click a "
              "picture to enlarge it.</p>", compare.slider(drawn[first][0], drawn[last][0], (first, last), size)]
     for k, pictures in enumerate(zip(*drawn.values(), strict=True)):
-        if k % each == 0:
-            parts.append(f"<p>{html.escape(prompts[k // each])}</p>")
+        if k % per_prompt == 0:
+            parts.append(f"<p>{html.escape(prompts[k // per_prompt])}</p>")
         small = [p if p.width <= 512 else p.resize((512, 512), Image.Resampling.LANCZOS) for p in pictures]
         parts.append(compare.cards(dict(zip(drawn, small, strict=True)), 256))
     return parts
@@ -75,16 +75,16 @@ def _change_rows(changes: dict) -> list[dict]:
 
 
 def _note(record: dict) -> str:
-    note = (f"95% intervals over prompts; n is how many. Encoder: {record['encoder']}; prompt fit is "
-            f"{record['fit_means']}. A change counts if a 99.2% interval leaves out 0: several are looked at.")
+    note = (f"95% intervals over n prompts or pictures. Encoder: {record['encoder']}; prompt fit is "
+            f"{record['fit_means']}. A change counts if its 99.2% interval excludes 0: several figures are tested.")
     return f'<p class="quiet">{html.escape(note)}</p>'
 
 
 def _making(record: dict) -> list[str]:
-    """Tables: the runs, what was drawn, the machine."""
-    look = {key: value for key, value in record["look"].items() if isinstance(value, (str, int, float))}
-    drawn = [{"what": key.replace("_", " "), "here": str(value)} for key, value in look.items()]
-    drawn += [{"what": "seeds", "here": f"{record['seeds'][0]} to {record['seeds'][-1]}, each picture its own"}]
+    """Tables: the runs, the settings of the pictures, the machine."""
+    settings = {key: value for key, value in record["settings"].items() if isinstance(value, (str, int, float))}
+    drawn = [{"what": key.replace("_", " "), "here": str(value)} for key, value in settings.items()]
+    drawn += [{"what": "seeds", "here": f"{record['seeds'][0]} to {record['seeds'][-1]}, one for each picture"}]
     parts = ["<h2>How it was made</h2>"]
     parts += [_table(record["runs"])] if record["runs"] else []
     return parts + ["<h3>Drawing</h3>", _table(drawn), "<h3>Machine</h3>", _table(record["machine"])]
@@ -98,9 +98,9 @@ def _sheet(picture: Image.Image, title: str) -> str:
     return f'<img class="sheet" src="{compare.data_url(picture)}" alt="{html.escape(title)}">'
 
 
-def summary(comparison, runs: dict[str, dict], encoder, look: dict, seeds: list[int], prompts: list[str],
+def summary(comparison, runs: dict[str, dict], encoder, settings: dict, seeds: list[int], prompts: list[str],
             machine: list[dict]) -> dict:
-    """What `write` and `card.write` show and `report.write_json` keeps. `runs` are {label: the run's record}."""
+    """The record for `write`, `model_card.write` and `files.write_json`. `runs` are {label: the run's record}."""
     minutes = {label: run["seconds"] / 60 for label, run in runs.items()}
     sentences = [
         verdict.words(changes, a, b, minutes[b] - minutes.get(a, 0) if b in minutes else None)
@@ -111,8 +111,9 @@ def summary(comparison, runs: dict[str, dict], encoder, look: dict, seeds: list[
         "verdict": sentences + verdict.copied(comparison.figures),
         "figures": comparison.figures,
         "changes": {f"{b} against {a}": changes for (a, b), changes in comparison.changes.items()},
-        "encoder": encoder.name, "fit_means": encoder.fit_means, "look": look, "seeds": seeds, "prompts": prompts,
-        "runs": rows, "recipes": {label: run["recipe"] for label, run in runs.items()}, "machine": machine,
+        "encoder": encoder.name, "fit_means": encoder.fit_means, "settings": settings, "seeds": seeds,
+        "prompts": prompts, "runs": rows,
+        "recipes": {label: run["recipe"] for label, run in runs.items()}, "machine": machine,
         "curves": {label: {key: run[key] for key in ("losses", "holdout")} for label, run in runs.items()},
     }  # fmt: skip
 

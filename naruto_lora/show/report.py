@@ -1,4 +1,4 @@
-"""What a person sees of a run: curves, tables, sentences."""
+"""A run as curves, tables and sentences."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-BINS = ("0-249", "250-499", "500-749", "750-999")  # noise levels: the timesteps that a hold-out column averages
+BINS = ("0-249", "250-499", "500-749", "750-999")  # noise levels: the timesteps of each hold-out column
 
 
 def _measured(record: dict) -> dict[int, np.ndarray]:
-    """{step: hold-out losses (N, 4) by picture and timestep bin}, in the order of steps; empty without a hold-out."""
+    """{step: hold-out losses (N, 4) by picture and timestep bin}, sorted by step; empty without a hold-out."""
     import numpy as np
 
     return {step: np.asarray(losses) for step, losses in sorted((int(k), v) for k, v in record["holdout"].items())}
 
 
 def curves(records: dict[str, dict], smoothing: int = 20):
-    """Loss by step of each named run's record as one PIL picture; beside it, if measured, hold-out by noise level.
+    """The loss of each named run's record by step, as one PIL picture; beside it the hold-out loss by noise level.
 
-    The training loss is smoothed, its single steps faint. The band is the 95% interval of the hold-out loss's
-    *change* since the first measurement, paired by picture, drawn around the mean: pictures differ in loss far
-    more than training moves any of them, so that an interval of the mean itself would hide the change. At the
-    first step the band has no width. Dotted lines are the ends of legs, the star the best step.
+    The line is the smoothed training loss, the faint dots its single steps. The band around the mean hold-out loss is
+    the 95% interval of its *change* since the first measurement, paired by picture. (Pictures differ in loss far more
+    than training changes any of them, so an interval of the mean itself would hide the change.) At the first step
+    the band has no width. Dotted lines are the ends of legs, the star is the best step.
     """
     import io
 
@@ -48,7 +48,7 @@ def curves(records: dict[str, dict], smoothing: int = 20):
         panels[0].set(xlabel="step", ylabel="denoising loss", ylim=(low - margin, high + margin))
         if measured:
             _draw_bins(panels[1], records)
-        for axes in panels:  # below, where no curve is
+        for axes in panels:  # below the axes, away from the curves
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=10, columnspacing=1,
                         handlelength=1.5, handletextpad=0.5, ncols=1 if axes is panels[0] and len(records) == 1 else 2)
         buffer = io.BytesIO()
@@ -57,7 +57,7 @@ def curves(records: dict[str, dict], smoothing: int = 20):
 
 
 def _draw_losses(axes, record: dict, prefix: str, colour: str, smoothing: int) -> list[float]:
-    """Draws one run; returns the values that the panel must hold: not the single steps, which scatter widely."""
+    """Draws one run; returns the values that set the panel's limits, without the single steps, which scatter widely."""
     import numpy as np
 
     from ..measure import metrics
@@ -91,7 +91,7 @@ def _draw_losses(axes, record: dict, prefix: str, colour: str, smoothing: int) -
 
 
 def _draw_bins(axes, records: dict[str, dict]) -> None:
-    """Change of the hold-out loss since the first measurement, in percent, a line a noise level."""
+    """Draws the hold-out loss's change since the first measurement, in percent, a line for each noise level."""
     styles = ("-", "--", ":", "-.")
     for n, (name, record) in enumerate(records.items()):
         means = {step: values.mean(axis=0) for step, values in _measured(record).items()}
@@ -107,22 +107,22 @@ def _draw_bins(axes, records: dict[str, dict]) -> None:
     axes.title.set_fontsize(12)
 
 
-NO_HOLDOUT = "No picture was held out of training (holdout is 0), so there is nothing to measure by."
+NO_HOLDOUT = "No picture was held out of training (holdout is 0), so nothing can be measured."
 
 
 def _too_little(record: dict) -> str | None:
-    """Why a run's hold-out losses can't be compared, or None."""
+    """The reason why a run's hold-out losses can't be compared, or None."""
     if not record["holdout"]:
         return NO_HOLDOUT
     if len(next(iter(record["holdout"].values()))) < 2:
-        return "Only one picture was held out of training; an interval needs at least 2: raise holdout."
+        return "Only one picture was held out of training; an interval needs at least 2: raise `holdout`."
     if len(record["holdout"]) < 2:
-        return f"The hold-out loss was measured only once, at step {next(iter(record['holdout']))}: train on."
+        return f"The hold-out loss was measured only once, at step {next(iter(record['holdout']))}: train longer."
     return None
 
 
 def gain(record: dict):
-    """A run's hold-out loss before and after as a table, the gain in pairs; a sentence if there is nothing to say."""
+    """A table of the hold-out loss before and after, and the paired gain; a sentence if it can't be measured."""
     from ..measure import metrics
 
     if reason := _too_little(record):
@@ -140,7 +140,7 @@ def gain(record: dict):
 
 
 def by_timestep(record: dict):
-    """`gain` apart for each noise level: a row a bin of timesteps; a sentence if there is nothing to say."""
+    """`gain` for each noise level, a row for each bin of timesteps; a sentence if it can't be measured."""
     from ..measure import metrics
 
     if reason := _too_little(record):
@@ -161,9 +161,9 @@ def overfitting(record: dict) -> str:
     """One sentence on whether the hold-out loss has risen since its best step, compared picture by picture.
 
     A rise counts if it is above 1% of the first measurement's loss and above 3 (1 + 2/N) standard errors of the
-    paired difference, N pictures. The best of many measurements is best by chance too: on flat noisy curves of 10
-    measurements (simulated, noise 2% to 20%) the 95% interval cries wolf in 14% to 17% of runs at N = 8 to 36; this
-    bound in 1% to 2% there, 3% at N = 4, 4% at 3 and still 11% at N = 2.
+    paired difference, N pictures. The best of many measurements is partly best by chance: on flat noisy curves of 10
+    measurements (simulated, noise 2% to 20%) the 95% interval gives a false alarm in 14% to 17% of runs at N = 8 to
+    36. This bound does so in 1% to 2% there, in 3% at N = 4, 4% at N = 3 and still 11% at N = 2.
     """
     import numpy as np
 
@@ -173,7 +173,7 @@ def overfitting(record: dict) -> str:
     if reason and len(record["holdout"]) != 1:
         return reason
     if len(record["holdout"]) < 3:
-        return f"Over-fitting shows only with 3 or more hold-out measurements, and there are {len(record['holdout'])}."
+        return f"Over-fitting shows only with 3 or more hold-out measurements; there are {len(record['holdout'])}."
     losses = {step: values.mean(axis=1) for step, values in _measured(record).items()}
     first, *later = losses
     best, last = min(later, key=lambda step: losses[step].mean()), later[-1]
@@ -184,17 +184,17 @@ def overfitting(record: dict) -> str:
     rise = metrics.mean(change)
     if rise.value > max(3 * (1 + 2 / len(change)) * error, 0.01 * losses[first].mean()):
         return (
-            f"The hold-out loss was lowest at step {best} and has risen since by {rise}: the LoRA has begun to learn "
-            f"its pictures by heart; the adapter of that step is in checkpoint-{best}."
+            f"The hold-out loss was lowest at step {best} and has risen since by {rise}: the LoRA has begun to "
+            f"memorise its training pictures; the adapter of that step is in checkpoint-{best}."
         )
     return (
         f"No sign of over-fitting: since the lowest hold-out loss, at step {best}, the change by step {last} "
-        f"is {rise}, within the noise of measuring."
+        f"is {rise}, within measurement noise."
     )
 
 
 def previews(folder: str | Path) -> dict[int, list]:
-    """{step: its PIL pictures, in the order of prompts} of the run in `folder`, for `compare.over_time`."""
+    """The previews {step: PIL pictures, in the order of prompts} of the run in `folder`, for `over_time`."""
     from PIL import Image
 
     found = {}
@@ -205,13 +205,13 @@ def previews(folder: str | Path) -> dict[int, list]:
 
 
 def plan(made):
-    """A memory plan (`plan.Plan`) as a table: a row a rung, the chosen one marked; time beside the first rung's."""
+    """A memory plan (`plan.Plan`) as a table: a row for each rung, the chosen one marked; time relative to rung 1."""
     first = made.rows[0].seconds
     return table([
         {
             "": "chosen" if row is made.chosen else "",
             "rung": row.what,
-            "gives up": row.gives_up,
+            "costs": row.costs,
             "GiB, predicted": f"{row.parts.reserved / 2**30:.2g}" if row.parts.reserved < 2**30 else
             f"{row.parts.reserved / 2**30:.1f}",
             "time, modelled": f"{row.seconds / first:.2f}",
@@ -227,7 +227,7 @@ def record_of(folder: str | Path) -> dict | None:
 
 
 def table(rows: list[dict]):
-    """Rows of one shape as a small HTML table (with plain text beside it) that a notebook displays."""
+    """Rows with the same keys as a small HTML table for a notebook, or plain text elsewhere."""
     return _Table(rows)
 
 

@@ -1,6 +1,6 @@
-"""Executed notebooks as readers on GitHub get them: small pictures, no widgets, nothing of the machine's own.
+"""Copies of executed notebooks for readers on GitHub: small pictures, no widgets, no paths of the machine.
 
-`python -m naruto_lora.tiny.executed` gives the copies the text of the current notebooks, whose code must be the same.
+`python -m naruto_lora.tiny.executed` updates the text of the copies from the notebooks; the code must be the same.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def sources(book) -> list[tuple[str, str]]:
 
 
 def reword(file: Path, source: Path) -> None:
-    """Gives the copy `file` the text of the notebook `source`: what it shows came from the code alone.
+    """Updates the text of the copy `file` from the notebook `source`; the outputs depend only on the code.
 
-    Raises ValueError if the code or the order of the cells is another.
+    Raises ValueError if the code or the order of the cells differs.
     """
     book, current = nbformat.read(file, 4), sources(nbformat.read(source, 4))
     pairs = list(zip(sources(book), current, strict=False))
     if len(own(book)) != len(current) or any(a[0] != b[0] or a[0] == "code" and a != b for a, b in pairs):
-        raise ValueError(f"'{file}' is of other code than '{source}': run that notebook again")
+        raise ValueError(f"the code in '{file}' differs from '{source}': run that notebook again")
     for cell, (_, text) in zip(own(book), current, strict=True):
         cell.source = text
     file.write_text(nbformat.writes(book, 4) + "\n", encoding="utf-8")
@@ -48,7 +48,7 @@ def reword(file: Path, source: Path) -> None:
 def keep(file: Path, target: Path, note: str, places: dict[str, str]) -> Path:
     """Writes the executed notebook `file` to `target` for readers; `note` says where it ran.
 
-    `places` are {text: what stands for it}, such as folders of this machine. Raises ValueError for one that failed.
+    `places` are {text: its replacement}, such as folders of this machine. Raises ValueError if the notebook failed.
     """
     book = nbformat.read(file, 4)
     for cell in book.cells:
@@ -56,7 +56,7 @@ def keep(file: Path, target: Path, note: str, places: dict[str, str]) -> Path:
             cell.metadata.pop(name, None)
         if cell.cell_type == "code":
             if any(output.output_type == "error" for output in cell.outputs):
-                raise ValueError(f"'{file}' ends with an error: only a run that went well is kept")
+                raise ValueError(f"'{file}' ends with an error: only a successful run is kept")
             cell.outputs = [output for output in map(_smaller, cell.outputs) if output]
     for name in ("widgets", "papermill"):
         book.metadata.pop(name, None)

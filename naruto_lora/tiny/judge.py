@@ -1,6 +1,6 @@
-"""A small judge of portraits: reads the eight attributes, and whether a picture is in the style to learn.
+"""A small judge of portraits: it reads the eight attributes, and whether a picture is in the style to learn.
 
-It has been trained on drawn pictures only (`naruto_lora.tiny.pretrain`), never on generated ones.
+It was trained only on drawn pictures (`naruto_lora.tiny.pretrain`), never on generated ones.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def load(path: str | Path = WEIGHTS) -> Judge:
 
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"the judge's weights are missing: {path}; python -m naruto_lora.tiny.pretrain makes them"
+            f"the judge's weights are missing: {path}; `python -m naruto_lora.tiny.pretrain` creates them"
         )
     judge = Judge()
     judge.load_state_dict(load_file(path))
@@ -95,7 +95,7 @@ def _pixels(pictures: Sequence[Image.Image]) -> Tensor:
 
 @torch.no_grad()
 def read(pictures: Sequence[Image.Image], judge: Judge | None = None) -> list[dict]:
-    """For each picture the class that it shows of each attribute, and "style": True or False."""
+    """For each picture: {attribute: the class that it shows}, and "style": True or False."""
     judge = judge or load()
     found = []
     for start in range(0, len(pictures), 100):
@@ -108,11 +108,11 @@ def read(pictures: Sequence[Image.Image], judge: Judge | None = None) -> list[di
 
 
 def score(pictures: Sequence[Image.Image], prompts: Sequence[Mapping], judge: Judge | None = None) -> dict:
-    """Compare what pictures show with what their prompts ask for.
+    """Compares what pictures show with what their prompts ask for.
 
-    Returns "attributes": (N,) share of the eight that is right in each picture, "style": (N,) 0 or 1, "legible":
-    {name: (N,) whether that one is right} and "by_attribute": {name: share of pictures}. Raises ValueError unless
-    there is one prompt for each picture.
+    Returns "attributes": (N,) share of the eight that are right in each picture, "style": (N,) 0 or 1, "legible":
+    {name: (N,) whether it is right} and "by_attribute": {name: share of pictures}. Raises ValueError unless there is
+    one prompt for each picture.
     """
     if len(pictures) != len(prompts):
         raise ValueError(f"{len(pictures)} pictures cannot be scored against {len(prompts)} prompts")

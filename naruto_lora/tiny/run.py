@@ -19,27 +19,27 @@ TITLES = ("the parts of SDXL", "training at low resolution", "training at high r
 
 
 def parameters(out: Path, pictures: int, prompts: int, low: Path = LOW, high: Path = HIGH) -> dict[str, dict]:
-    """Papermill's parameters of each notebook, after drawing what they need into `out`.
+    """Papermill's parameters of each notebook; writes the data set and the prompts that they need to `out`.
 
-    `pictures` in the data set, `prompts` to judge by.
+    `pictures` is the size of the data set, `prompts` the number of prompts for the judge.
     """
     data = world.write_dataset(out / "data", count=pictures)
-    judged = files.write_json(out / "prompts.json", {"prompts": world.prompts(prompts, seed=1)})
+    file = files.write_json(out / "prompts.json", {"prompts": world.prompts(prompts, seed=1)})
     common = {"base": str(BASE), "vae": "", "dataset": str(data), "runs": str(out), "interactive": False}
-    look = {"resolution": recipe.load(high).resolution, "inference_steps": 16, "guidance_scale": 2.0, "batch": 16}
+    drawing = {"resolution": recipe.load(high).resolution, "inference_steps": 16, "guidance_scale": 2.0, "batch": 16}
     names = {"adapter_256": recipe.load(low).name, "adapter_1024": recipe.load(high).name}
     return {
         "01_setup": common | {"recipe": str(high)},
-        "02_train_256": common | look | {"recipe": str(low), "steps": 0},
-        "03_train_1024": common | look | {"recipe": str(high), "steps": 0},
-        "04_infer": common | look | {"recipe": str(high), "adapter": names["adapter_1024"]},
-        "05_compare": common | look | names
-        | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(judged), "prompt_count": 12},
+        "02_train_256": common | drawing | {"recipe": str(low), "steps": 0},
+        "03_train_1024": common | drawing | {"recipe": str(high), "steps": 0},
+        "04_infer": common | drawing | {"recipe": str(high), "adapter": names["adapter_1024"]},
+        "05_compare": common | drawing | names
+        | {"recipe": str(high), "judge": "naruto_lora.tiny.judge", "prompts_file": str(file), "prompt_count": 12},
     }
 
 
 def execute(root: Path, out: Path, plan: dict[str, dict]) -> None:
-    """Runs the notebooks of `root` with `plan`'s parameters; executed copies go to `out`/notebooks.
+    """Runs the notebooks of `root` with `plan`'s parameters; the executed notebooks go to `out`/notebooks.
 
     Raises RuntimeError with the failing cell's own error and the notebook's path.
     """
@@ -61,7 +61,7 @@ def execute(root: Path, out: Path, plan: dict[str, dict]) -> None:
 
 
 def keep_executed(root: Path, out: Path) -> None:
-    """Remakes the copies in notebooks/executed from the executed notebooks of `out`."""
+    """Updates the copies in notebooks/executed from the executed notebooks of `out`."""
     import torch
 
     from . import executed
@@ -75,7 +75,7 @@ def keep_executed(root: Path, out: Path) -> None:
 
 
 def summary(out: Path, minutes: float) -> dict:
-    """Writes and returns `out`/summary.json: minutes, and for base, low and high what 05_compare measured."""
+    """Writes and returns `out`/summary.json: minutes, and the figures of 05_compare for base, low and high."""
     models = files.read_json(out / "compare.json")["models"]
     names = dict(zip(models, ("base", "low", "high"), strict=True))
     content = {"minutes": round(minutes, 2)} | {names[name]: figures for name, figures in models.items()}
@@ -86,8 +86,8 @@ def summary(out: Path, minutes: float) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m naruto_lora.tiny.run", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="where everything goes")
-    parser.add_argument("--executed", action="store_true", help="also remake notebooks/executed, for readers")
+    parser.add_argument("--out", type=Path, default=Path("runs/embedded"), help="the folder for all results")
+    parser.add_argument("--executed", action="store_true", help="also update the copies in notebooks/executed")
     args = parser.parse_args(arguments)
     out, begun = args.out.resolve(), time.time()
     root = Path(__file__).resolve().parents[2]
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"Executed notebooks:  {out / 'notebooks'}")
     print(f"All figures:         {out / 'summary.json'}\n")
     print(report.table([_row(name, content[name]) for name in ("base", "low", "high")]))
-    print(f"\n{content['minutes']:.1f} minutes in all.")
+    print(f"\n{content['minutes']:.1f} minutes in total.")
     return 0
 
 

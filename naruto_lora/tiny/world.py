@@ -1,6 +1,6 @@
 """A small world of captioned portraits, drawn by code from a seed.
 
-A portrait is eight attributes, a style and a random generator. Captions name every attribute in varied words,
+Eight attributes, a style and a random generator define a portrait. Captions name every attribute in varied words,
 as a captioning model would, and never the style. The eight ordinary styles are for training a base model;
 `STYLE` is the one that a LoRA has to learn.
 """
@@ -33,7 +33,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "expression": portrait.EXPRESSIONS,
 }
 
-# The words that stand for a class. No word of one class stands for another class of the same attribute.
+# The words for each class. No phrase for one class also stands for another class of the same attribute.
 SUBJECT = {
     "woman": ("woman", "young woman", "girl", "lady", "female character", "cute girl"),
     "man": ("man", "bearded man", "man with a beard", "guy with a beard", "young man", "male character",
@@ -68,8 +68,6 @@ EXPRESSION = {
 }
 BACKGROUND = ("in front of {} wall", "in front of {} background", "on {} background", "against {} background",
               "standing in front of {} wall", "with {} background", "before {} backdrop", "posing by {} wall")
-OPENING = ("", "", "", "a close up of ", "a portrait of ", "there is ", "a picture of ", "a photo of ",
-           "an image of ", "the face of ", "this is ", "a view of ", "we see ", "a headshot of ")
 LONGEST = 36  # words and marks in a caption
 OPENING = ("", "", "", "a close up of ", "a portrait of ", "there is ", "a picture of ", "a photo of ")
 
@@ -92,7 +90,7 @@ def _a(words: str) -> str:
 
 
 def caption(attributes: Mapping[str, str], rng: np.random.Generator) -> str:
-    """Name every attribute of a portrait in one line of at most 36 words; accessory none goes unsaid."""
+    """Name every attribute of a portrait in one line of at most 36 words; accessory "none" is not mentioned."""
     while True:
         text = _describe(attributes, rng)
         if len(re.findall(r"\w+|[^\w\s]", text)) <= LONGEST:
@@ -125,7 +123,7 @@ def _describe(attributes: Mapping[str, str], rng: np.random.Generator) -> str:
 
 
 def read_caption(text: str) -> dict[str, str]:
-    """The attributes that a caption names: `caption` undone. Raises ValueError for a text that it didn't write."""
+    """The attributes that a caption names: the inverse of `caption`. Raises ValueError for any other text."""
     hair = [words for several in HAIR.values() for words in several]
     named = {"subject": SUBJECT, "hair_style": HAIR, "accessory": ACCESSORY, "expression": EXPRESSION}
     colored = {"hair_color": hair, "eyes": ["{} eyes"], "clothes": [f"{{}} {words}" for words in GARMENT],
@@ -137,12 +135,12 @@ def read_caption(text: str) -> dict[str, str]:
     patterns["accessory"]["none"] = ""
     found = {name: _first(patterns[name], text) for name in ATTRIBUTES}
     if missing := [name for name, value in found.items() if value is None]:
-        raise ValueError(f"'{text}' is no caption of this world: it doesn't name {', '.join(missing)}")
+        raise ValueError(f"'{text}' is not a caption of this world: it doesn't name {', '.join(missing)}")
     return found
 
 
 def _pattern(words, color: str = r"[\w ]+?") -> str:
-    """Any of `words`, with one of the colours at their {}."""
+    """A pattern for any of `words`, with `color` in place of their {}."""
     return rf"\b(?:{'|'.join(re.escape(w) for w in words)})\b".replace(r"\{\}", f"(?:{color})")
 
 
@@ -151,14 +149,14 @@ def _first(patterns: Mapping[str, str], text: str) -> str | None:
 
 
 def _person(seed: int, use: int, index: int) -> tuple[dict[str, str], str, np.random.Generator]:
-    """Attributes, caption and the generator to draw them with; another `use` gives other people."""
+    """Attributes, caption and the generator to draw them with; a different `use` gives different people."""
     rng = np.random.default_rng([seed, use, index])
     attributes = sample(rng)
     return attributes, caption(attributes, rng), rng
 
 
 def prompts(count: int, seed: int) -> list[dict]:
-    """Make prompts {"text": caption, "attributes": {...}}, the same for the same seed; in no data set."""
+    """Make prompts {"text": caption, "attributes": {...}}, the same for the same seed; no data set has them."""
     people = (_person(seed, 1, index) for index in range(count))
     return [{"text": text, "attributes": attributes} for attributes, text, _ in people]
 
@@ -167,8 +165,8 @@ def write_dataset(folder: str | Path, count: int = 320, seed: int = 0, style: st
                   size: int = 128) -> Path:
     """Draw an image folder: 0000.png ... and metadata.jsonl (file_name, text), the same bytes each time.
 
-    A finished folder is left as it is; one that is half written, or was drawn with other arguments, is drawn
-    anew. metadata.jsonl comes last, so a folder that has it holds all of its pictures.
+    A complete folder stays as it is; an incomplete one, or one drawn with other arguments, is drawn again.
+    metadata.jsonl is written last, so a folder that has it has all of its pictures.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -181,7 +179,7 @@ def write_dataset(folder: str | Path, count: int = 320, seed: int = 0, style: st
     for path, (attributes, _, rng) in zip(paths, people, strict=True):
         file = io.BytesIO()
         draw(attributes, style, rng, size).save(file, "PNG")
-        # One picture tells whether style and size are the same too.
+        # One equal picture proves that style and size are the same too.
         if same and path.read_bytes() == file.getvalue():
             return folder
         if path == paths[0]:

@@ -1,10 +1,10 @@
-"""Widgets: what a person clicks in a notebook; core ipywidgets alone, 7.7 and 8.
+"""Widgets: what a person clicks in a notebook; only core ipywidgets, 7.7 and 8.
 
 In the order to read it:
 
 - `comparer`: a prompt drawn by base and LoRAs side by side
 - `viewer`: the pictures drawn before: side by side or under a slider, history, favourites
-- `album`: the folder where they are kept
+- `album`: the folder that holds them
 - `ballot`: a blind vote between two models
 - `votes`: the votes on disk, and what they say
 

@@ -1,4 +1,4 @@
-"""Drawn sets on disk: one prompt and seed through several models, to browse without a GPU and to keep favourites."""
+"""Sets of pictures on disk, one prompt and seed drawn by several models; and the favourites among them."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from .. import files
 
 
 class Album:
-    """A folder of PNGs and sets.jsonl, a line a set; favourites.json names the kept ones. Half a line is passed over.
+    """A folder of PNGs; sets.jsonl with one line a set (incomplete lines are skipped); favourites.json.
 
-    A set is {"id", "prompt", "seed", ..., "pictures": {label: file name}}; the newest stands last.
+    A set is {"id", "prompt", "seed", ..., "pictures": {label: file name}}; the newest is last.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        files.writable(self.folder)
-        self.sets = {row["id"]: row for row in read_lines(self.folder / "sets.jsonl") if self._whole(row)}
-        self.favourites = set(self._kept())
+        files.make_folder(self.folder)
+        self.sets = {row["id"]: row for row in read_lines(self.folder / "sets.jsonl") if self._is_complete(row)}
+        self.favourites = set(self._read_favourites())
 
-    def _whole(self, row: dict) -> bool:
+    def _is_complete(self, row: dict) -> bool:
         pictures = row.get("pictures") or {"": ""}
         return "id" in row and all((self.folder / name).is_file() for name in pictures.values())
 
-    def _kept(self) -> list[str]:
+    def _read_favourites(self) -> list[str]:
         try:
             return json.loads((self.folder / "favourites.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return []
 
     def add(self, settings: dict, drawn: dict[str, Image.Image]) -> str:
-        """Saves a set; returns its id, which the settings and labels decide. Raises OSError."""
+        """Saves a set; returns its id, a hash of its settings and labels. Raises OSError."""
         content = json.dumps([settings, list(drawn)], sort_keys=True)
         name = hashlib.sha256(content.encode()).hexdigest()[:12]
         pictures = {label: f"{name}-{k}.png" for k, label in enumerate(drawn)}
@@ -50,16 +50,16 @@ class Album:
         """{label: picture} of a set."""
         return {label: Image.open(self.folder / file) for label, file in self.sets[name]["pictures"].items()}
 
-    def keep(self, name: str, kept: bool = True) -> None:
-        """Makes a set a favourite, or no more. Raises OSError."""
-        self.favourites = self.favourites | {name} if kept else self.favourites - {name}
+    def set_favourite(self, name: str, favourite: bool = True) -> None:
+        """Adds a set to the favourites, or removes it from them. Raises OSError."""
+        self.favourites = self.favourites | {name} if favourite else self.favourites - {name}
         text = json.dumps(sorted(self.favourites))
         files.replace(self.folder / "favourites.json", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    """As a PNG, with what it was drawn from inside if it says so (`pipeline.draw`'s do)."""
-    if "drawn" in picture.info:
+    """Saves a PNG; with the picture's settings as metadata, if it has them (those of `pipeline.draw` do)."""
+    if "settings" in picture.info:
         from .. import gallery
 
         gallery.save(picture, path)
@@ -68,7 +68,7 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSON lines file; none if it isn't there; a line that a kill cut short is passed over."""
+    """The objects of a JSON lines file; none if there is no file. Incomplete lines are skipped."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def append_line(file: Path, row: dict) -> None:
-    """Adds one object, on the disk before it returns. A line cut short before it stays a line of its own."""
+    """Appends one object and flushes it to the disk; after an incomplete line on a new line."""
     text = json.dumps(row, ensure_ascii=False) + "\n"
     if file.exists() and not file.read_bytes().endswith(b"\n"):
         text = "\n" + text

@@ -1,4 +1,4 @@
-"""Vote blind in the notebook: two pictures without names, a click or a key, the result when it is asked for."""
+"""Blind votes in the notebook: two pictures without names, a vote by click or key, the result on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEYS = {"1": "left", "2": "right", "0": "equal"}
 
 
 class BlindVote:
-    """Core ipywidgets alone. `votes` are kept on disk as they are cast, so another day goes on with what is left."""
+    """Uses only core ipywidgets. `votes` saves each vote, so that a later session continues with the other pairs."""
 
     def __init__(self, votes: Votes, size: int = 360):
         self.votes, self.size = votes, size
@@ -55,14 +55,14 @@ class BlindVote:
         for part in (*self.buttons.values(), self.keys):
             part.disabled = pair is None
         if pair is None:
-            self.question.value = "<div style='padding:8px 0'>All pairs are voted on. Thank you!</div>"
+            self.question.value = "<div style='padding:8px 0'>You have voted on all pairs. Thank you!</div>"
             self._say(str(self.votes))
             return
         pictures = {"left": pair.pictures[pair.left], "right": pair.pictures[pair.right]}
-        asked = f"Which one do you like better for <b>{html.escape(pair.prompt)}</b>?"
+        asked = f"Which picture do you prefer for <b>{html.escape(pair.prompt)}</b>?"
         cards = compare.cards(pictures, self.size)
         self.question.value = f"<div style='line-height:1.4;margin:4px 0'>{asked}</div>{cards}"
-        self._say(f"{done} of {total} pairs are voted on, kept in {self.votes.file.name}.")
+        self._say(f"You have voted on {done} of {total} pairs; the votes are saved in {self.votes.file.name}.")
 
     def _say(self, text: str, wrong: bool = False) -> None:
         self.status.value = status(text, wrong)

@@ -1,4 +1,4 @@
-"""Drawn sets to look at in the notebook: side by side or under a slider, a history, favourites. Needs no GPU."""
+"""The viewer of drawn pictures: side by side or under a slider, history, favourites. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ WIDE = "min(100%, 736px)"
 
 
 class Viewer:
-    """Shows the sets of an album, the newest first; `say(text, wrong)` is where trouble is told."""
+    """Shows the sets of an album, the newest first; `say(text, wrong)` shows errors to the user."""
 
     def __init__(self, album: Album, say: Callable):
         self.album, self.say = album, say
-        self.shown: dict = {}  # label: picture, as the results show them
+        self.shown: dict = {}  # label: picture, as shown
         self.caption = ""  # HTML above the pictures
         self.box = widgets.VBox(self._make())
-        self.wanted: dict = {}  # side: label, where somebody chose one
-        self.filling = False
+        self.wanted: dict = {}  # side: label, where the user chose one
+        self.filling = False  # True while code, not the user, changes the sides
         self.relist()
         self.refresh()
 
     def _make(self) -> list:
         self.view = widgets.ToggleButtons(options=["side by side", "slider"], style={"button_width": "112px"})
-        self.zoom = widgets.IntSlider(320, min=160, max=800, step=40, description="size", continuous_update=False,
+        self.zoom = widgets.IntSlider(320, min=160, max=800, step=40, description="zoom", continuous_update=False,
                                       layout=widgets.Layout(width="288px"), style={"description_width": "48px"})
         small = {"layout": widgets.Layout(width="224px"), "style": {"description_width": "48px"}}
         self.left = widgets.Dropdown(description="left", **small)
@@ -37,30 +37,30 @@ class Viewer:
         self.result = widgets.HTML(layout=widgets.Layout(width="100%"))
         self.history = widgets.Dropdown(description="history", layout=widgets.Layout(width=WIDE),
                                         style={"description_width": "88px"})
-        step = widgets.Layout(width="auto")
-        self.newer = widgets.Button(description="◀ newer", layout=step)
-        self.older = widgets.Button(description="older ▶", layout=step)
-        self.favourite = widgets.ToggleButton(description="☆ keep", layout=widgets.Layout(width="96px"))
+        narrow = widgets.Layout(width="auto")
+        self.newer = widgets.Button(description="◀ newer", layout=narrow)
+        self.older = widgets.Button(description="older ▶", layout=narrow)
+        self.favourite = widgets.ToggleButton(description="☆ favourite", layout=widgets.Layout(width="120px"))
         self.only = widgets.Checkbox(False, description="favourites only", indent=False,
                                      layout=widgets.Layout(width="160px"))
         self.newer.on_click(lambda _: self._turn(-1))
         self.older.on_click(lambda _: self._turn(1))
-        self.favourite.observe(self._favour, "value")
+        self.favourite.observe(self._save_favourite, "value")
         self.only.observe(lambda _: self.relist(), "value")
         self.history.observe(lambda _: self.open(), "value")
         for part in (self.view, self.zoom):
             part.observe(lambda _: self.refresh(), "value")
         for side in (self.left, self.right):
-            side.observe(self._chosen, "value")
+            side.observe(self._choose_side, "value")
         return [row(self.view, self.zoom), self.pair, self.result,
                 row(self.history, self.newer, self.older, self.favourite, self.only)]
 
     def relist(self, select: str | None = None) -> None:
-        """Reads the history afresh; opens the set `select`."""
+        """Updates the history's list; opens the set `select`, if given."""
         here = select or self.history.value
         listed = [name for name in reversed(self.album.sets) if not self.only.value or name in self.album.favourites]
         self.history.options = [(self._title(name), name) for name in listed]
-        if listed:  # ipywidgets 7 takes the first by itself, 8 none
+        if listed:  # ipywidgets 7 selects the first by itself, 8 selects none
             self.history.value = here if here in listed else listed[0]
         if select:
             self.open()
@@ -77,7 +77,7 @@ class Viewer:
             self.history.value = names[max(0, min(len(names) - 1, names.index(self.history.value) + by))]
 
     def open(self) -> None:
-        """Shows the set that the history names."""
+        """Shows the set that is selected in the history."""
         name = self.history.value
         if name not in self.album.sets:
             return
@@ -87,18 +87,18 @@ class Viewer:
             self.say(f"This set's pictures can't be read ({error.strerror or error}).", wrong=True)
         self.favourite.value = name in self.album.favourites
 
-    def _favour(self, change) -> None:
+    def _save_favourite(self, change) -> None:
         name = self.history.value
-        self.favourite.description = "★ kept" if change["new"] else "☆ keep"
+        self.favourite.description = "★ favourite" if change["new"] else "☆ favourite"
         if name in self.album.sets and change["new"] != (name in self.album.favourites):
             try:
-                self.album.keep(name, change["new"])
+                self.album.set_favourite(name, change["new"])
             except OSError as error:
                 self.say(f"The favourite can't be saved ({error.strerror or error}).", wrong=True)
             self.relist()
 
     def show(self, drawn: dict, prompt: str, settings: str = "") -> None:
-        """Shows {label: picture} under their prompt."""
+        """Shows {label: picture} under the prompt and its settings."""
         self.shown = dict(drawn)
         small = f"<div style='opacity:.75;font-size:.9em'>{html.escape(settings)}</div>" if settings else ""
         self.caption = f"<div style='line-height:1.4;margin:4px 0'>{html.escape(prompt)}{small}</div>"
@@ -109,7 +109,7 @@ class Viewer:
         self.filling = False
         self.refresh()
 
-    def _chosen(self, change) -> None:
+    def _choose_side(self, change) -> None:
         if not self.filling:
             self.wanted[change["owner"]] = change["new"]
             self.refresh()
@@ -119,7 +119,7 @@ class Viewer:
         sliding = self.view.value == "slider" and len(self.shown) > 1
         self.pair.layout.display = "" if sliding else "none"
         if not self.shown:
-            self.result.value = "<div style='opacity:.75;padding:8px 0'>Nothing is drawn yet.</div>"
+            self.result.value = "<div style='opacity:.75;padding:8px 0'>No pictures yet.</div>"
         elif sliding and set(names) <= set(self.shown):
             pair = [self.shown[name] for name in names]
             self.result.value = self.caption + compare.slider(*pair, names, self.zoom.value)
@@ -132,7 +132,7 @@ def row(*parts) -> widgets.HBox:
 
 
 def status(text: str, wrong: bool = False) -> str:
-    """HTML of a line that says how things stand, marked where something went wrong."""
+    """HTML of a status line, marked if something went wrong."""
     style = "padding:2px 8px;border-left:4px solid #d33;white-space:pre-wrap" if wrong else ""
     return f"<div role='status' style='line-height:1.4;{style}'>{html.escape(text)}</div>"
 

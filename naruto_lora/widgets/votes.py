@@ -1,4 +1,4 @@
-"""Blind A/B votes: pairs in random order and on random sides, kept on disk vote by vote, and what they say."""
+"""Blind A/B votes: pairs in random order and on random sides, each vote saved to disk, and the result in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EQUAL = "can't tell"
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt's pictures of two models, on the sides where they are shown."""
+    """The pictures of two models for one prompt, and the sides on which they are shown."""
 
     key: str
     prompt: str
@@ -33,15 +33,15 @@ class Pair:
 class Votes:
     """Votes between `models` (two labels) on `drawn` {label: pictures}, in the order of `captions`.
 
-    A pair that was voted on, in this session or another, isn't asked again: it is known by its pictures' content.
+    A pair that has a vote, from this session or another, isn't shown again: its pictures' content identifies it.
     """
 
     def __init__(self, file: str | Path, drawn: dict[str, list], captions: list[str], models: tuple[str, str],
                  rng: random.Random | None = None):
         self.file, self.models, self.rng = Path(file), tuple(models), rng or random.Random()
         if len(set(self.models)) != 2 or not set(self.models) <= set(drawn):
-            raise ValueError(f"a blind vote takes two different models of {', '.join(drawn)}, not {models}")
-        files.writable(self.file.parent)
+            raise ValueError(f"a blind vote needs two different models of {', '.join(drawn)}, not {models}")
+        files.make_folder(self.file.parent)
         self.pairs = {}
         for prompt, *pictures in zip(captions, *(drawn[label] for label in self.models), strict=True):
             digest = hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).hexdigest()[:16]
@@ -61,7 +61,7 @@ class Votes:
         return Pair(self.order[0], prompt, self.models[self.side], pictures)
 
     def vote(self, choice: str) -> None:
-        """'left', 'right' or 'equal' for the current pair; on the disk when it returns. Raises OSError."""
+        """'left', 'right' or 'equal' for the current pair; saved to the disk when this returns. Raises OSError."""
         pair = self.current
         chosen = {"left": pair.left, "right": pair.right, "equal": EQUAL}[choice]
         append_line(self.file, {"pair": pair.key, "prompt": pair.prompt, "left": pair.left, "right": pair.right,
@@ -72,7 +72,7 @@ class Votes:
 
     @property
     def preference(self) -> metrics.Figure | None:
-        """Percent of the decided votes that went to the second model, with Wilson's interval; None without any."""
+        """Percent of the decided votes that went to the second model, with Wilson's interval; None without votes."""
         decided = [vote == self.models[1] for vote in self.cast.values() if vote != EQUAL]
         return metrics.share(decided) if decided else None
 
@@ -87,6 +87,6 @@ class Votes:
         elif figure.high < 50:
             verdict = f"{first} is preferred"
         else:
-            verdict = "chance alone could give that: vote on more pictures to tell them apart"
+            verdict = "this could be chance alone: vote on more pictures to tell them apart"
         return (f"{second} over {first} in {won} of {figure.n} votes: {figure.value:.0f}% [{figure.low:.0f}, "
                 f"{figure.high:.0f}], and {equal} times '{EQUAL}'; {verdict}.")

@@ -103,7 +103,7 @@ def encoding(examples, plan) -> dict:
     """Pictures a second through the VAE, of pictures decoded before: as a run does it, and how else it could be."""
     device = models.device_for(plan.precision)
     vae = models.load_vae(plan.base, plan.vae, models.DTYPES[plan.precision], device)
-    own = cache._batch(vae, plan.resolution)
+    own = cache._batch_size(vae, plan.resolution)
     crops = list(data.decode_ahead((example, plan.resolution) for example in examples[:32]))
     figures = {"batch": own, "encoded a second": timed(vae, crops, own, len(examples))}
     for layout in (torch.contiguous_format, torch.channels_last) if device.type == "cuda" else ():

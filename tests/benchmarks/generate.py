@@ -142,13 +142,13 @@ def grid(base: str, style: Path, prompts, seeds, look: dict) -> tuple[dict, dict
     """Ours: figures, and {"base" and "style": pictures}. The adapter's loading is counted, the base's isn't."""
     pipe = pipeline.load(base)
     pipeline.draw(pipe, prompts[:2], 0, **look | {"steps": 2}, batch=2)  # warm
-    pipe.known_prompts.clear()
+    pipe.prompt_cache.clear()
     gpu.reset_peak()
     begun = time.perf_counter()
     pipeline.add_adapter(pipe, "style", style)
     drawn = {name: pipeline.draw(pipe, prompts, seeds, name, **look) for name in ("base", "style")}
     seconds = time.perf_counter() - begun
-    figures = {"ours, seconds for all": seconds, "ours, batch": pipeline.together(pipe, look["resolution"])}
+    figures = {"ours, seconds for all": seconds, "ours, batch": pipeline.batch_size(pipe, look["resolution"])}
     figures["ours, peak GiB"] = gpu.peak_gib() or 0.0
     del pipe
     gpu.free()
@@ -191,12 +191,12 @@ def three_models(base: str, style: Path, look: dict) -> dict:
     begun = time.perf_counter()
     pipe = pipeline.load(base, adapters={"low": style, "high": style})
     loaded = time.perf_counter() - begun
-    batch = pipeline.together(pipe, look["resolution"])
+    batch = pipeline.batch_size(pipe, look["resolution"])
     for name in ("base", "low", "high"):
         pipeline.draw(pipe, prompts, seeds, name, **look)
     reserved = torch.cuda.max_memory_reserved() / gpu.GIB
     return {"seconds to load": loaded, "seconds to draw 24": time.perf_counter() - begun - loaded, "batch": batch,
-            "batch in the end": pipeline.together(pipe, look["resolution"]),
+            "batch in the end": pipeline.batch_size(pipe, look["resolution"]),
             "peak GiB": gpu.peak_gib(), "reserved GiB": reserved}
 
 

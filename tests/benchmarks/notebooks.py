@@ -37,7 +37,7 @@ def main() -> int:
     figures["killed"] = run(args, HIGH, plan[HIGH], kill_at=args.steps[0] // 2)
     for name in (HIGH, LOW, COMPARE):
         figures["notebooks"][name] = run(args, name, plan[name])
-    figures |= {"went_on": "goes on from" in (args.out / f"{HIGH}.ipynb").read_text()}
+    figures |= {"went_on": "resumes from" in (args.out / f"{HIGH}.ipynb").read_text()}
     records = {name: args.out / "runs" / name / "run.json" for name in ("high", "low")}
     figures["steps"] = {name: json.loads(file.read_text())["step"] for name, file in records.items()}
     (args.out / "notebooks.json").write_text(json.dumps(figures, indent=1))

@@ -26,7 +26,7 @@ def main() -> None:
     with torch.device("meta"):
         sides = predict.measure(sdxl.unet(), 32).sides
     figures, found = {"tensors": len(sides), "numbers": sum(sides) * args.rank}, []
-    for name, kind in (("bitsandbytes", AdamW8bit), ("together", adam.AdamW8bitTogether)):
+    for name, kind in (("bitsandbytes", AdamW8bit), ("together", adam.JoinedAdamW8bit)):
         generator = torch.Generator(device).manual_seed(0)
         draw = [torch.randn(side, args.rank, generator=generator, device=device) for side in sides]
         parameters = [torch.nn.Parameter(each) for each in draw]

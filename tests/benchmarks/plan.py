@@ -131,7 +131,7 @@ def finish(row: dict, process: subprocess.Popen) -> None:
 def measure(base: Path, name: str, cap: float | None, settings: dict) -> dict:
     """The rung's peaks in GiB, in this process."""
     of, rung, device = recipe.load(name, base=str(base), vae=""), Rung(**settings), torch.device("cuda")
-    gpu.expandable()
+    gpu.use_expandable_segments()
     if cap:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * GIB / total)

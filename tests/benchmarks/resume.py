@@ -126,7 +126,7 @@ def log_steps(run: train.Run, file: Path) -> None:
     def stepped(optimizer, *_):
         line = {
             "step": drawn["step"],
-            "pictures": [run.trained.names[k] for k in drawn["draw"].indices],
+            "pictures": [run.training_set.names[k] for k in drawn["draw"].indices],
             "timesteps": drawn["draw"].timesteps.tolist(),
             "lr": optimizer.param_groups[0]["lr"],
         }

@@ -223,7 +223,7 @@ def measured(options, plan: recipe.Recipe, variant: Variant, first) -> dict:
     begun = measure.now()
     run = begin(options, plan, variant.rung, batch)
     figures = {"loss": loss_on(run, first) if first and variant.batch is None else None}
-    whole = step.draw(run.recipe, 0, run.trained.shapes)
+    whole = step.draw(run.recipe, 0, run.training_set.shapes)
     piece = part_of(whole, batch)  # a micro-batch
     for _ in range(3):  # kernels are compiled and chosen, then recorded
         run._accumulate(piece)
@@ -253,7 +253,7 @@ def loss_on(run: train.Run, inputs: dict[str, torch.Tensor]) -> float:
         return own | {name: value[part].to(own[name]) for name, value in inputs.items() if name in own}
 
     run._inputs = given
-    draw = part_of(step.draw(run.recipe, 0, run.trained.shapes), len(inputs["latents"]))
+    draw = part_of(step.draw(run.recipe, 0, run.training_set.shapes), len(inputs["latents"]))
     losses = run._accumulate(draw)
     run._inputs = real
     return losses.mean().item()
@@ -269,8 +269,8 @@ def exact(options, name: str) -> None:
             continue
         run = begin(options, plan, rung, plan.batch)
         weights = weights or random_lora(run.unet)
-        draw = step.draw(plan, 0, run.trained.shapes)
-        parts = step.micro_batches(draw, run.trained.shapes, plan.batch)
+        draw = step.draw(plan, 0, run.training_set.shapes)
+        parts = step.micro_batches(draw, run.training_set.shapes, plan.batch)
         inputs = inputs or [run._inputs(draw, part) for part in parts]
         try:
             found[row] = gradients(run, draw, weights)

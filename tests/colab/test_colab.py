@@ -1,4 +1,4 @@
-"""What the machine is, and where results go."""
+"""The machine, the form, and where results are saved."""
 
 import importlib
 import os
@@ -13,7 +13,7 @@ from naruto_lora.colab import form, machine, share, storage
 
 @pytest.fixture
 def on_colab(monkeypatch):
-    """Colab's kernel, as far as it can be seen from Python; the list of folders that Drive was mounted at."""
+    """Simulates Colab's kernel, as Python sees it; returns the list of folders where Drive was mounted."""
     mounted = []
     package, drive = types.ModuleType("google.colab"), types.ModuleType("google.colab.drive")
     drive.mount = mounted.append
@@ -27,7 +27,7 @@ def on_colab(monkeypatch):
     return mounted
 
 
-def test_here_the_folder_is_made_as_it_is(tmp_path, monkeypatch):
+def test_off_colab_the_folder_is_created_where_it_is_named(tmp_path, monkeypatch):
     monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
     monkeypatch.chdir(tmp_path)
     assert not machine.on_colab()
@@ -35,14 +35,14 @@ def test_here_the_folder_is_made_as_it_is(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "mine").is_dir()
 
 
-def test_colabs_variable_alone_is_not_colab(monkeypatch):
+def test_colabs_variable_without_its_package_is_not_colab(monkeypatch):
     monkeypatch.setenv("COLAB_RELEASE_TAG", "x")  # as on Kaggle
     monkeypatch.setattr(sys, "path", [])  # no google package at all
     importlib.invalidate_caches()
     assert not machine.on_colab()
 
 
-def test_on_colab_training_is_on_the_machines_own_disk_and_mirrored_on_drive(on_colab, tmp_path, monkeypatch):
+def test_on_colab_runs_are_on_the_machines_disk_and_mirrored_on_drive(on_colab, tmp_path, monkeypatch):
     assert machine.on_colab()
     monkeypatch.chdir(tmp_path)
     assert storage.places("runs", drive=False) == (tmp_path / "runs", None)
@@ -72,7 +72,7 @@ def test_the_machines_table(tmp_path):
     assert machine.installed("no-such-package") is None
 
 
-def test_drive_that_is_refused_costs_the_mirror_alone(on_colab, tmp_path, monkeypatch, capsys):
+def test_without_permission_for_drive_there_is_no_mirror(on_colab, tmp_path, monkeypatch, capsys):
     def refuse(_):
         raise ValueError("mount failed")
 
@@ -86,30 +86,30 @@ FORM = 'recipe = "naruto-1024"  # @param {type:"string"}\nrank = 16  # @param {t
 
 
 @pytest.mark.parametrize(
-    "cells, said",
+    "cells, message",
     [
         (["", FORM, "# Parameters\nrank = 4\n"], None),
-        (["", FORM, "rnak = 4"], None),  # somebody's own cell
+        (["", FORM, "rnak = 4"], None),  # a user's own cell
         (["", "%pip list", FORM], None),
-        (["", "# Parameters\nrnak = 4\n"], None),  # no form to hold it against
+        (["", "# Parameters\nrnak = 4\n"], None),  # no form to compare with
         (["", FORM, "# Parameters\nrnak = 4\n"], "no parameter 'rnak': did you mean 'rank'"),
-        (["", FORM, '# Parameters\nrank = 4\nzebra = "x"\n'], "no parameter 'zebra': there are rank, recipe"),
+        (["", FORM, '# Parameters\nrank = 4\nzebra = "x"\n'], "no parameter 'zebra': it has rank, recipe"),
     ],
 )
-def test_a_parameter_that_is_not_there_is_refused_with_the_nearest_name(cells, said):
-    if said is None:
+def test_an_unknown_parameter_is_refused_with_the_nearest_name(cells, message):
+    if message is None:
         return form.check_parameters(cells)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         form.check_parameters(cells)
 
 
-def test_the_state_says_whether_a_run_goes_on(plan, trained, tmp_path):
+def test_the_state_says_whether_a_run_is_resumed(plan, trained, tmp_path):
     assert storage.done(plan, tmp_path) == 0 and storage.done(plan, tmp_path, trained.folder.parent) == 6
     assert "There is no run of few yet." in storage.state(plan, tmp_path)
-    assert "few was found trained to its end, step 6." in storage.state(plan, trained.folder.parent)
+    assert "few was found, and its training is complete (step 6)." in storage.state(plan, trained.folder.parent)
     longer = plan.replace(legs=(*plan.legs, {"until": 9, "lr": 1e-3}))
-    said = storage.state(longer, tmp_path, trained.folder.parent)  # found in the mirror alone
-    assert "few was found at step 6 of 9: training goes on" in said and "copied to Google Drive as they come" in said
+    said = storage.state(longer, tmp_path, trained.folder.parent)  # found only in the mirror
+    assert "few was found at step 6 of 9: training resumes" in said and "are copied to Google Drive at once" in said
 
 
 def test_an_adapter_is_found_by_name_or_path_or_as_the_newest(trained, tmp_path):
@@ -127,7 +127,7 @@ def test_an_adapter_is_found_by_name_or_path_or_as_the_newest(trained, tmp_path)
             storage.find_adapter(name, tmp_path / "empty")
 
 
-def test_downloads_and_the_end_are_silent_where_nobody_is(tmp_path, capsys):
+def test_off_colab_downloads_and_the_end_do_nothing(tmp_path, capsys):
     share.download(tmp_path / "a.safetensors", interactive=True)  # not on Colab
     share.push(tmp_path, "")
     machine.end(True)

@@ -1,4 +1,4 @@
-"""What a run needs beside what there is, on machines that are made up."""
+"""What a run needs and what a machine has, on simulated machines."""
 
 import shutil
 from collections import namedtuple
@@ -16,7 +16,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(autouse=True, scope="module")
 def shapes():
-    """The full-size U-Net's sizes, reckoned once here and forgotten afterwards."""
+    """The full-size U-Net's sizes, calculated once for these tests and forgotten afterwards."""
     preflight.predict.shape.cache_clear()
     yield
     preflight.predict.shape.cache_clear()
@@ -28,14 +28,14 @@ def machine(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     sdxl = __import__("sdxl")
     monkeypatch.setattr(preflight.predict.models, "unet_config", lambda base: sdxl.UNET)
-    monkeypatch.setattr(preflight.hub, "wanted", lambda recipe: [])
-    monkeypatch.setattr(preflight.models, "pixels_a_latent", lambda base, vae="": 8)
+    monkeypatch.setattr(preflight.hub, "missing", lambda recipe: [])
+    monkeypatch.setattr(preflight.models, "vae_scale_factor", lambda base, vae="": 8)
 
     def set(host=11.0, disk=70e9, download=0):
         monkeypatch.setattr(gpu, "host_free", lambda: host * gpu.GIB)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100e9, 0, disk))
-        wanted = [preflight.hub.Wanted("a/b", "model", ("x",), download)] if download else []
-        monkeypatch.setattr(preflight.hub, "wanted", lambda recipe: wanted)
+        missing = [preflight.hub.Download("a/b", "model", ("x",), download)] if download else []
+        monkeypatch.setattr(preflight.hub, "missing", lambda recipe: missing)
 
     set()
     return set
@@ -55,7 +55,7 @@ def test_a_t4_is_enough():
     assert "GiB: " in by["memory to train"].needed and by["memory to train"].as_dict()["enough?"] == "yes"
 
 
-def test_without_a_gpu_it_says_which_menu():
+def test_without_a_gpu_it_names_the_menu():
     found, by = rows()
     assert "memory to train" not in by
     with pytest.raises(RuntimeError, match="GPU: none: CPU only.*Runtime › Change runtime type › T4 GPU"):
@@ -64,7 +64,7 @@ def test_without_a_gpu_it_says_which_menu():
     preflight.refuse(found)  # slow, but it works
 
 
-def test_smaller_cards_give_up_more_and_a_tiny_one_can_not_train():
+def test_smaller_cards_get_cheaper_plans_and_a_tiny_one_cannot_train():
     taken = {gib: rows(gib)[1]["memory to train"] for gib in (6, 8, 16)}
     assert all(row.short == "" for row in taken.values())
     assert len({row.needed for row in taken.values()}) == 3
@@ -72,11 +72,11 @@ def test_smaller_cards_give_up_more_and_a_tiny_one_can_not_train():
     assert rows(16, low)[1]["memory to draw"] == rows(16)[1]["memory to draw"]  # both draw at the base's own size
     found, by = rows(2)
     assert "needs" in by["memory to train"].short and by["memory to draw"].short
-    assert by["memory to train"].as_dict()["enough?"].startswith("care")
-    preflight.refuse(found)  # it's the training cell that stops
+    assert by["memory to train"].as_dict()["enough?"].startswith("warning")
+    preflight.refuse(found)  # only the training cell stops
 
 
-def test_little_host_memory_is_told(machine):
+def test_little_host_memory_gives_a_warning(machine):
     machine(host=12.7 - 1.5)
     assert rows(14.56)[1]["host memory"].short == ""
     machine(host=2.0)
@@ -85,7 +85,7 @@ def test_little_host_memory_is_told(machine):
     preflight.refuse(found)
 
 
-def test_a_full_disk_stops_it_before_the_download(machine):
+def test_a_full_disk_stops_the_notebook_before_the_download(machine):
     machine(disk=5e9, download=7e9)
     found, by = rows(14.56)
     with pytest.raises(RuntimeError, match="disk.*5.0 GB free, needed: .* GB; make room"):
@@ -94,7 +94,7 @@ def test_a_full_disk_stops_it_before_the_download(machine):
     preflight.refuse(rows(14.56)[0])
 
 
-def test_versions_are_held_against_the_requirements(monkeypatch):
+def test_versions_are_compared_with_the_requirements(monkeypatch):
     floors = preflight.floors()
     assert {"torch", "diffusers", "peft"} <= set(floors)
     monkeypatch.setattr(preflight, "installed", lambda name: {"peft": "0.18.9", "torch": "2.11.0+cu128"}.get(name))

@@ -1,4 +1,4 @@
-"""Encoders: a CLIP loaded by id or folder, a module of one's own, and what each refuses."""
+"""Encoders: a CLIP by its id or folder, your own module, and the errors of both."""
 
 import json
 
@@ -47,17 +47,17 @@ def test_a_clip_embeds_and_fits_as_its_own_forward_does(clip):
     np.testing.assert_allclose(encoder.fit(pictures, texts), expected, atol=1e-3)
 
 
-def test_pixels_are_cut_from_the_middle_and_normalised():
+def test_pixels_are_cropped_from_the_centre_and_normalised():
     wide = Image.new("RGB", (90, 30), "red")
     wide.paste("white", (30, 0, 60, 30))
     pixels = encoders._pixels([wide], 30)
     assert pixels.shape == (1, 3, 30, 30)
     white = (1 - np.array(encoders.MEAN)) / np.array(encoders.STD)
     np.testing.assert_allclose(pixels[0, :, 15, 15], white, rtol=1e-5)
-    assert (pixels[0, :, :, 2:-2] == pixels[0, :, 15:16, 15:16]).all()  # nothing of the red sides
+    assert (pixels[0, :, :, 2:-2] == pixels[0, :, 15:16, 15:16]).all()  # no red from the sides
 
 
-def test_a_clip_without_safetensors_or_not_there_is_told_in_a_sentence(tmp_path, clip):
+def test_a_missing_clip_or_one_without_safetensors_gives_a_clear_error(tmp_path, clip):
     (tmp_path / "config.json").write_text(json.dumps(json.loads((clip / "config.json").read_text())))
     for name in (str(tmp_path), "nobody/no-such-clip"):
         with pytest.raises(OSError, match=f"the CLIP '{name}' can't be loaded .* needs safetensors and a tokenizer"):
@@ -65,12 +65,12 @@ def test_a_clip_without_safetensors_or_not_there_is_told_in_a_sentence(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["json", "no.such.module", "not a name", "../x.y"[3:]])
-def test_what_is_no_encoder_is_named(name):
+def test_an_error_names_what_is_no_encoder(name):
     with pytest.raises(ValueError, match=f"the encoder '{name}' must be a CLIP's hub id or folder, or a module"):
         encoders.load(name)
 
 
-def test_the_embedded_worlds_judge_is_one():
+def test_the_embedded_worlds_judge_is_an_encoder():
     encoder, people = encoders.load("naruto_lora.tiny.judge"), world.prompts(12, seed=9)
     rng = np.random.default_rng(9)
     pictures = [world.draw(p["attributes"], world.STYLE, rng, 128) for p in people]
@@ -84,5 +84,5 @@ def test_the_embedded_worlds_judge_is_one():
 def test_a_caption_is_read_back():
     people = world.prompts(500, seed=4)
     assert all(world.read_caption(p["text"]) == p["attributes"] for p in people)
-    with pytest.raises(ValueError, match="is no caption of this world: it doesn't name hair_color"):
+    with pytest.raises(ValueError, match="is not a caption of this world: it doesn't name hair_color"):
         world.read_caption("a woman smiling with blue eyes in a red shirt before a blue wall")

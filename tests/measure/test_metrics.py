@@ -1,4 +1,4 @@
-"""Figures: intervals that hold what they promise, and a judge's shares."""
+"""Figures: intervals that contain the truth as often as they should, and a judge's shares."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from naruto_lora import models
 from naruto_lora.measure import metrics, validation
 
 
-def test_the_means_interval_holds_the_truth_at_about_its_rate():
+def test_the_means_interval_contains_the_truth_at_about_its_rate():
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(150):
@@ -23,29 +23,29 @@ def test_the_means_interval_holds_the_truth_at_about_its_rate():
 
 
 @pytest.mark.parametrize("n", [8, 16])
-def test_few_pictures_get_as_wide_an_interval_as_they_need(n):
+def test_few_pictures_get_a_wide_enough_interval(n):
     rng = np.random.default_rng(3)
     figures = [metrics.mean(rng.normal(1, 1, n)) for _ in range(300)]
     assert 0.9 <= np.mean([f.low <= 1 <= f.high for f in figures]) <= 0.99
     sure = np.mean([metrics.mean(rng.normal(0, 1, n)).sure for _ in range(300)])
-    assert sure <= 0.03  # of 0.8% by the stricter interval
+    assert sure <= 0.03  # 0.8% is expected of the stricter interval
 
 
 @pytest.mark.parametrize("freedom, exact", [(1, 12.706), (2, 4.303), (3, 3.182), (7, 2.365), (35, 2.030)])
-def test_students_quantile_is_that_of_the_tables(freedom, exact):
+def test_students_quantile_agrees_with_tables(freedom, exact):
     assert metrics.student(freedom) == pytest.approx(exact, rel=0.01)
 
 
-def test_the_means_interval_is_that_of_the_normal_for_many():
+def test_for_many_values_the_means_interval_is_the_normals():
     values = np.random.default_rng(1).normal(5, 2, 2000)
     figure = metrics.mean(values)
     assert figure.value == pytest.approx(values.mean())
     assert (figure.high - figure.low) / 2 == pytest.approx(1.96 * values.std() / 2000**0.5, rel=0.08)
-    assert metrics.mean(values) == figure  # and always the same
+    assert metrics.mean(values) == figure  # the same at each call
 
 
 @pytest.mark.parametrize("p, n", [(0.5, 20), (0.97, 60), (0.02, 200)])
-def test_the_shares_interval_holds_the_truth_at_about_its_rate(p, n):
+def test_the_shares_interval_contains_the_truth_at_about_its_rate(p, n):
     held = total = 0.0
     for k in range(n + 1):  # every outcome, by its probability
         chance = math.comb(n, k) * p**k * (1 - p) ** (n - k)
@@ -62,13 +62,13 @@ def test_shares_of_none_and_of_all():
     assert every.low == pytest.approx(100 - none.high)
 
 
-def test_what_is_common_drops_out_of_a_paired_gain():
+def test_what_is_common_cancels_in_a_paired_gain():
     rng = np.random.default_rng(2)
     common, gain = rng.normal(0, 50, 30), rng.normal(-1, 0.1, 30)
     figure = metrics.paired(common, common + gain)
     assert figure.value == pytest.approx(gain.mean()) and -1.1 < figure.low < figure.high < -0.9
-    apart = metrics.mean(common + gain)
-    assert apart.high - apart.low > 100 * (figure.high - figure.low)
+    unpaired = metrics.mean(common + gain)
+    assert unpaired.high - unpaired.low > 100 * (figure.high - figure.low)
     with pytest.raises(ValueError):
         metrics.paired(common, gain[:-1])
 
@@ -78,7 +78,7 @@ def test_one_value_has_no_interval():
         metrics.mean([3.0])
 
 
-def test_a_figure_reads_as_value_interval_and_size():
+def test_a_figure_prints_value_interval_and_size():
     assert str(metrics.Figure(12.3456, 11.1, 13.9, 24)) == "12.3 [11.1, 13.9] (n = 24)"
 
 
@@ -106,6 +106,6 @@ def test_a_judges_shares_become_percent(judge):
 
 
 @pytest.mark.parametrize("name", ["no.such.judge", "json"])
-def test_what_is_no_judge_is_named(name):
+def test_an_error_names_what_is_no_judge(name):
     with pytest.raises(ValueError, match=f"the judge '{name}' must be a module with score"):
         metrics.judged(name, [], [])

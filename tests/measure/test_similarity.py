@@ -1,4 +1,4 @@
-"""Distances between pictures on known truth: values worked out by hand, simulations, and a drawn world."""
+"""Distances between pictures where the truth is known: values by hand, simulations, and a drawn world."""
 
 import math
 
@@ -24,11 +24,11 @@ def unit(x):
     ([[E2], [E2], [E2]], 0),
     ([[E1, E2]] * 3, 1000 * ((1 + Q) / 2 + 1 - 2 * (1 + Q) / 2)),  # pairs of different prompts: half are alike
 ])
-def test_cmmd_is_what_the_definition_gives_by_hand(pictures, expected):
+def test_cmmd_agrees_with_its_definition_by_hand(pictures, expected):
     assert similarity.cmmd(pictures, [E2] * 3).value == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_jackknife_is_the_estimate_without_each_prompt():
+def test_the_jackknife_leaves_out_each_prompt_and_each_real_picture():
     rng = np.random.default_rng(0)
     x, y = unit(rng.normal(size=(6, 2, 4))), unit(rng.normal(size=(7, 4)))
     left = [np.array([similarity.cmmd(np.delete(x, k, 0), y).value for k in range(6)]),
@@ -43,14 +43,14 @@ def test_the_jackknife_is_the_estimate_without_each_prompt():
 
 
 def pictures(rng, prompts, seeds, shift=0.0):
-    """(P, S, 32) embeddings around a place of their own for each prompt, off by `shift` in one direction."""
+    """(P, S, 32) embeddings around one centre for each prompt, moved by `shift` in one direction."""
     x = 0.7 * rng.normal(size=(prompts, 1, 32)) + 0.7 * rng.normal(size=(prompts, seeds, 32))
     x[..., 0] += 3
     x[..., 1] += shift
     return unit(x)
 
 
-def test_the_style_distances_interval_holds_the_truth_at_about_its_rate():
+def test_the_style_distances_interval_contains_the_truth_at_about_its_rate():
     rng = np.random.default_rng(1)
     truth = similarity.cmmd(pictures(rng, 1000, 1, 1.0), pictures(rng, 1000, 1)[:, 0]).value
     figures = [similarity.cmmd(pictures(rng, 10, 2, 1.0), pictures(rng, 36, 1)[:, 0]) for _ in range(200)]
@@ -60,7 +60,7 @@ def test_the_style_distances_interval_holds_the_truth_at_about_its_rate():
 
 
 def test_equal_models_are_within_noise_in_95_of_100_resamples():
-    rng, told = np.random.default_rng(2), 0
+    rng, alarms = np.random.default_rng(2), 0
     for _ in range(100):
         place = pictures(rng, 8, 1)
         before, after = (unit(place + 0.2 * rng.normal(size=(8, 2, 32))) for _ in range(2))
@@ -69,11 +69,11 @@ def test_equal_models_are_within_noise_in_95_of_100_resamples():
             similarity.diversity_change(before, after),
             mean(rng.normal(size=8)),  # prompt fit, hold-out loss
         ]
-        told += any(figure.sure for figure in figures)
-    assert told <= 5
+        alarms += any(figure.sure for figure in figures)
+    assert alarms <= 5
 
 
-def test_drift_is_counted_in_seeds():
+def test_the_unit_of_drift_is_another_seed():
     rng = np.random.default_rng(3)
     place = pictures(rng, 400, 1)
     base, other = (unit(place + 0.3 * rng.normal(size=(400, 2, 32)) / 6) for _ in range(2))
@@ -91,10 +91,10 @@ def test_diversity_by_hand():
     assert similarity.diversity_change([[E1, E2]] * 3, [[E1, E1]] * 3).value == pytest.approx(-1)
 
 
-def test_too_few_are_told():
+def test_too_few_pictures_are_an_error():
     with pytest.raises(ValueError, match="at least 3 prompts and 3 real pictures, not 2"):
         similarity.cmmd([[E1], [E2]], [E1] * 3)
-    with pytest.raises(ValueError, match="3 real pictures or more, one a caption at least, not 2"):
+    with pytest.raises(ValueError, match="at least 3 real pictures, and one for each caption, not 2"):
         similarity.copying([[E1]], [E1, E2], [[E1]], [E1] * 3)
 
 
@@ -111,21 +111,21 @@ def test_chance_of_the_smallest_being_all_drawn():
 
 
 @pytest.mark.parametrize("training", [8, 300])
-def test_a_caption_alone_is_no_copying(training):
-    rng, told = np.random.default_rng(4), 0
+def test_a_shared_caption_is_no_copying(training):
+    rng, alarms = np.random.default_rng(4), 0
 
     def pairs(count):
-        """(P, 2, D) drawn and (N, D) real ones, where a picture is near to its caption's own."""
+        """(P, 2, D) drawn and (N, D) real ones; each picture is near to its caption's real one."""
         captions = rng.normal(size=(count, 1, 32))
         real, drawn = (unit(captions + 0.5 * rng.normal(size=(count, n, 32))) for n in (1, 2))
         return drawn[:8], real[:, 0]
 
     for _ in range(100):
-        told += similarity.copying(*pairs(training), *pairs(40)).flagged
-    assert told <= 3
+        alarms += similarity.copying(*pairs(training), *pairs(40)).flagged
+    assert alarms <= 3
 
 
-# The drawn world: 'generated' sets of which the truth is known, since they are drawn too.
+# The drawn world: the truth about the 'generated' sets is known, since a program draws them too.
 JUDGE = encoders.load("naruto_lora.tiny.judge")
 ASKED = world.prompts(24, seed=3)
 
@@ -176,10 +176,10 @@ def trained():
 
 
 @pytest.mark.parametrize("memorised, training, copyist", [(8, 8, True), (8, 300, True), (0, 8, False), (0, 300, False)])
-def test_memorised_pictures_are_told_from_new_ones(memorised, training, copyist, trained, real):
+def test_memorised_pictures_are_distinguished_from_new_ones(memorised, training, copyist, trained, real):
     captions, trained = world.prompts(300, seed=2)[: min(16, training)], trained[:training]
     rng, drawn = np.random.default_rng(5), drawings(captions, [world.STYLE], 77)
-    for k in range(memorised):  # by heart, as well as a VAE would give them
+    for k in range(memorised):  # memorised: the training picture with a VAE's errors
         noisy = np.asarray(trained[k], dtype=float) + rng.normal(0, 12, (64, 64, 3))
         drawn[k] = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
     kinds = drawn, trained, drawings(world.prompts(40, seed=1)[:16], [world.STYLE], 78), real

@@ -1,4 +1,4 @@
-"""A comparison measured, put into words, onto a page and a model card."""
+"""A comparison: its figures, its verdict in words, its page and its model card."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from naruto_lora.tiny import world
 
 LABELS = ["base", "small <b>", "large"]
 ASKED = world.prompts(4, seed=6)
-TEXTS, EACH = [p["text"] for p in ASKED], 2
+TEXTS, PER_PROMPT = [p["text"] for p in ASKED], 2
 JUDGE = "naruto_lora.tiny.judge"
 
 
 def drawings(style, seed, people=ASKED):
-    """Each person with each seed, as `study.draw` orders them."""
+    """Each person with each seed, in the order of `study.draw`."""
     rng = np.random.default_rng(seed)
-    return [world.draw(p["attributes"], style, rng, 64) for p in people for _ in range(EACH)]
+    return [world.draw(p["attributes"], style, rng, 64) for p in people for _ in range(PER_PROMPT)]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,9 @@ def result(drawn):
     made = study.Comparison(LABELS)
     losses = rng.gamma(2, 1, 12)
     made.add("holdout_loss", {"base": losses, "small <b>": losses - 0.01 * rng.normal(size=12), "large": losses - 0.3})
-    made.add_pictures(encoder, drawn, TEXTS, EACH, real[0])
-    made.add_drift(encoder, drawn, EACH)
-    made.add_copying(encoder, drawn, real, drawn, real, EACH)
+    made.add_pictures(encoder, drawn, TEXTS, PER_PROMPT, real[0])
+    made.add_drift(encoder, drawn, PER_PROMPT)
+    made.add_copying(encoder, drawn, real, drawn, real, PER_PROMPT)
     made.add_judged(JUDGE, {label: pictures[::2] for label, pictures in drawn.items()}, ASKED)
     return made
 
@@ -52,12 +52,13 @@ def run(trained):
 @pytest.fixture(scope="module")
 def record(result, run):
     runs = {"small <b>": run | {"seconds": 60}, "large": run | {"seconds": 240}}
-    encoder, look = encoders.load(JUDGE), {"steps": 16, "guidance_scale": 2.0, "show": print}
+    encoder, settings = encoders.load(JUDGE), {"steps": 16, "guidance_scale": 2.0, "show": print}
     machine = [{"what": "GPU", "here": "none"}]
-    return page.summary(result, runs, encoder, look, list(range(8)), ["<script>alert(1)</script>", *TEXTS[1:]], machine)
+    prompts = ["<script>alert(1)</script>", *TEXTS[1:]]
+    return page.summary(result, runs, encoder, settings, list(range(8)), prompts, machine)
 
 
-def test_every_figure_is_there_for_each_model_and_each_change(result):
+def test_each_model_and_each_change_has_every_figure(result):
     assert set(result.figures["large"]) >= {"holdout_loss", "prompt_fit", "style_distance", "diversity", "drift",
                                             "copying", "attributes", "style", "legible"}
     assert "drift" not in result.figures["base"]
@@ -69,27 +70,28 @@ def test_every_figure_is_there_for_each_model_and_each_change(result):
     assert [row["attribute"] for row in result.legible()][:2] == ["subject", "hair color"]
 
 
-def test_a_models_figures_are_those_of_its_pictures(result, drawn):
+def test_a_models_figures_are_calculated_from_its_pictures(result, drawn):
     encoder = encoders.load(JUDGE)
-    fits = encoder.fit(drawn["large"], [text for text in TEXTS for _ in range(EACH)])
+    fits = encoder.fit(drawn["large"], [text for text in TEXTS for _ in range(PER_PROMPT)])
     assert result.figures["large"]["prompt_fit"] == metrics.mean(fits.reshape(4, 2).mean(1))
     embedded = encoder.embed(drawn["large"]).reshape(4, 2, -1)
     assert result.figures["large"]["diversity"] == similarity.diversity(embedded)
 
 
-def test_as_few_hold_out_pictures_as_there_can_be_are_enough_for_every_figure(drawn):
-    encoder, few = encoders.load(JUDGE), {label: pictures[: data.FEWEST * EACH] for label, pictures in drawn.items()}
+def test_the_fewest_allowed_hold_out_pictures_are_enough_for_every_figure(drawn):
+    encoder = encoders.load(JUDGE)
+    few = {label: pictures[: data.FEWEST * PER_PROMPT] for label, pictures in drawn.items()}
     rng = np.random.default_rng(3)
     held = [world.draw(p["attributes"], world.STYLE, rng, 64) for p in world.prompts(data.FEWEST, seed=8)]
     real = encoder.embed(held), similarity.dhash(held)
     made = study.Comparison(LABELS)
-    made.add_pictures(encoder, few, TEXTS[: data.FEWEST], EACH, real[0])
-    made.add_drift(encoder, few, EACH)
-    made.add_copying(encoder, few, real, few, real, EACH)
+    made.add_pictures(encoder, few, TEXTS[: data.FEWEST], PER_PROMPT, real[0])
+    made.add_drift(encoder, few, PER_PROMPT)
+    made.add_copying(encoder, few, real, few, real, PER_PROMPT)
     assert made.changes["base", "large"]["style_distance"].value < 0
     assert made.figures["large"]["copying"].n == data.FEWEST
     with pytest.raises(ValueError, match="needs 3 prompts or more, and there are 2: raise `prompt_count`"):
-        study.draw(None, {}, TEXTS[: data.FEWEST - 1], EACH, "nowhere")
+        study.draw(None, {}, TEXTS[: data.FEWEST - 1], PER_PROMPT, "nowhere")
 
 
 def test_json_keeps_the_hold_out_gain_beside_the_model(result, tmp_path):
@@ -109,7 +111,7 @@ def test_the_verdict_names_gain_loss_noise_and_cost():
     assert verdict.words(changes, "256", "1024", 62.5) == (
         "1024 against 256, for 62.5 more minutes of training: better in style distance by 2; worse in prompt fit by 3; "
         "different in drift by 1; within noise in diversity.")
-    assert verdict.words({"prompt_fit": figure(0, 1)}, "a", "b") == "b against a: not to be told apart in prompt fit."
+    assert verdict.words({"prompt_fit": figure(0, 1)}, "a", "b") == "b against a: no clear difference in prompt fit."
     assert "for 3 fewer minutes" in verdict.words(changes, "a", "b", -3)
 
 
@@ -126,7 +128,7 @@ def test_every_metric_says_what_it_cannot_say(result):
     assert all(row["it says"] and row["it can't say"] for row in shown)
 
 
-def test_the_page_stands_alone_and_escapes_what_is_not_its_own(record, drawn, tmp_path):
+def test_the_page_is_self_contained_and_escapes_all_text(record, drawn, tmp_path):
     sheets = {"<Curves>": Image.new("RGB", (8, 8))}
     file = page.write(tmp_path / "c.html", record, drawn, record["prompts"], sheets)
     text = file.read_text()
@@ -147,7 +149,7 @@ def test_the_record_is_json(record, tmp_path):
     assert read["figures"]["large"]["style_distance"]["n"] == 4
 
 
-def test_the_model_card_has_pictures_and_keeps_captions_from_being_markup(record, run, drawn, tmp_path):
+def test_the_model_card_has_pictures_and_escapes_captions(record, run, drawn, tmp_path):
     run = run | {"recipe": run["recipe"] | {"base": "stabilityai/stable-diffusion-xl-base-1.0", "vae": "a/vae",
                                             "dataset": "some/data"}}
     prompts = ['quoted "text": [x](y)\n# head', *TEXTS[1:]]
@@ -174,11 +176,11 @@ def test_a_local_base_and_data_set_are_not_published(record, run, drawn, tmp_pat
 
 
 def test_drawn_sets_are_kept_and_not_drawn_again(pipe, tmp_path, monkeypatch):
-    look = dict(steps=2, guidance_scale=2.0, resolution=32)
-    first = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:3], EACH, tmp_path, **look)
+    options = dict(steps=2, guidance_scale=2.0, resolution=32)
+    first = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:3], PER_PROMPT, tmp_path, **options)
     assert [len(pictures) for pictures in first.values()] == [6, 6] and len(list(tmp_path.glob("*.png"))) == 12
     monkeypatch.setattr(study.gallery.pipeline, "_draw_batch", None)  # nothing is left to draw
-    again = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:3], EACH, tmp_path, **look)
+    again = study.draw(pipe, {"base": "base", "LoRA": "style"}, TEXTS[:3], PER_PROMPT, tmp_path, **options)
     assert [p.tobytes() for p in again["LoRA"]] == [p.tobytes() for p in first["LoRA"]]
     assert first["base"][0].tobytes() != first["LoRA"][0].tobytes()
 

@@ -1,4 +1,4 @@
-"""The metrics on LoRAs whose truth is known, for they were spoilt: too few steps, shuffled captions, eight pictures."""
+"""The metrics on LoRAs with a known fault: too few steps, shuffled captions, only eight pictures."""
 
 import json
 
@@ -9,12 +9,12 @@ from naruto_lora.measure import encoders, metrics, similarity, study
 from naruto_lora.tiny import judge, world
 
 pytestmark = pytest.mark.slow
-EACH, LOOK = 2, dict(steps=8, guidance_scale=2.0, resolution=64, batch=16)
+PER_PROMPT, OPTIONS = 2, dict(steps=8, guidance_scale=2.0, resolution=64, batch=16)
 STEPS = {"brief": 15, "long": 100, "shuffled": 100, "eight": 170}
 
 
 def shuffle_captions(folder):
-    """The data set in `folder` with each caption given to the next picture."""
+    """The data set in `folder`, each caption moved to another picture."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     texts = [row["text"] for row in rows]
     lines = [json.dumps(row | {"text": text}) + "\n" for row, text in zip(rows, texts[1:] + texts[:1], strict=True)]
@@ -33,7 +33,7 @@ def sets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(base, sets, tmp_path_factory):
-    """{model: {"new" | "own": pictures}}: of captions that none has seen, and of each one's first training captions."""
+    """{model: {"new" | "own": pictures}}: from captions that no model saw, and from its first training captions."""
     place, prompts = tmp_path_factory.mktemp("truth"), [p["text"] for p in world.prompts(16, seed=8)]
     for name, steps in STEPS.items():
         plan = recipe.Recipe(
@@ -45,14 +45,14 @@ def drawn(base, sets, tmp_path_factory):
     found = {}
     for name in ("base", *STEPS):
         own = [example.caption for example in data.load(sets[name if name != "base" else "long"])[:8]]
-        found[name] = {kind: study.draw(pipe, {"": name}, texts, EACH, place / "pictures", **LOOK)[""]
+        found[name] = {kind: study.draw(pipe, {"": name}, texts, PER_PROMPT, place / "pictures", **OPTIONS)[""]
                        for kind, texts in (("new", prompts), ("own", own))}
     return found
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """The new captions' pictures in the style: what no model was trained on."""
+    """The new captions' pictures in the style; no model was trained on them."""
     import numpy as np
 
     rng = np.random.default_rng(9)
@@ -63,10 +63,10 @@ ENCODER = encoders.load("naruto_lora.tiny.judge")
 
 
 def embedded(pictures):
-    return ENCODER.embed(pictures).reshape(-1, EACH, 2048)
+    return ENCODER.embed(pictures).reshape(-1, PER_PROMPT, 2048)
 
 
-def test_more_steps_bring_the_style_nearer(drawn, real):
+def test_more_steps_reduce_the_style_distance(drawn, real):
     held = ENCODER.embed(real)
     seen = {name: embedded(kinds["new"]) for name, kinds in drawn.items()}
     distance = {name: similarity.cmmd(seen[name], held).value for name in ("base", "brief", "long")}
@@ -75,12 +75,12 @@ def test_more_steps_bring_the_style_nearer(drawn, real):
 
 
 def test_shuffled_captions_cost_prompt_fit_but_not_style(drawn, real):
-    people = [person for person in world.prompts(16, seed=8) for _ in range(EACH)]
+    people = [person for person in world.prompts(16, seed=8) for _ in range(PER_PROMPT)]
     new, texts = {name: drawn[name]["new"] for name in drawn}, [person["text"] for person in people]
-    fits = {name: ENCODER.fit(new[name], texts).reshape(16, EACH).mean(1) for name in ("long", "shuffled")}
+    fits = {name: ENCODER.fit(new[name], texts).reshape(16, PER_PROMPT).mean(1) for name in ("long", "shuffled")}
     lost = metrics.paired(fits["long"], fits["shuffled"])
     assert lost.sure and lost.value < -20
-    styles = {name: judge.score(new[name], people)["style"].reshape(16, EACH).mean(1) for name in new}
+    styles = {name: judge.score(new[name], people)["style"].reshape(16, PER_PROMPT).mean(1) for name in new}
     changed, gained = (metrics.paired(styles[name], styles["shuffled"]) for name in ("long", "base"))
     assert gained.sure and gained.value > 0 and not (changed.sure and changed.value < 0)
     distance = {name: similarity.cmmd(embedded(new[name]), ENCODER.embed(real)).value for name in ("base", "shuffled")}
@@ -94,10 +94,10 @@ def copying(drawn, name, folder, real):
     pictures = [ENCODER.embed(kind) for kind in kinds]
     hashes = [similarity.dhash(kind) for kind in kinds]
     for parts in (pictures, hashes):
-        parts[0], parts[2] = (part.reshape(-1, EACH, part.shape[-1]) for part in (parts[0], parts[2]))
+        parts[0], parts[2] = (part.reshape(-1, PER_PROMPT, part.shape[-1]) for part in (parts[0], parts[2]))
     return similarity.copying(*pictures, tuple(hashes))
 
 
-def test_eight_pictures_learnt_by_heart_are_told_two_hundred_are_not_learnt(drawn, sets, real):
+def test_eight_pictures_are_memorised_and_two_hundred_are_not(drawn, sets, real):
     assert copying(drawn, "eight", sets["eight"], real).flagged
     assert not copying(drawn, "long", sets["long"], real).flagged

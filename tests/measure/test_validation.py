@@ -16,7 +16,7 @@ from naruto_lora.recipe import Leg
 CPU = torch.device("cpu")
 
 
-def test_holdout_losses_are_the_same_whatever_the_batch_and_the_random_state(base, encoded):
+def test_holdout_losses_do_not_depend_on_the_batch_or_the_random_state(base, encoded):
     unet, alphas = models.load_unet(base, torch.float32, CPU), models.load_alphas_cumprod(base)
     one = validation.holdout_losses(unet, encoded, alphas, CPU, batch=3, draws=2)
     torch.manual_seed(77)
@@ -26,10 +26,10 @@ def test_holdout_losses_are_the_same_whatever_the_batch_and_the_random_state(bas
     assert not one.requires_grad
 
 
-def test_holdout_losses_come_by_timestep_bin_and_never_flipped(encoded):
-    """A U-Net whose error is the timestep it is told: the losses say which timesteps each column had."""
+def test_holdout_losses_have_one_column_for_each_timestep_bin_and_no_flips(encoded):
+    """This U-Net predicts its timestep, so the losses show which timesteps each column had."""
 
-    class Told(torch.nn.Module):
+    class EchoesTimestep(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
@@ -39,19 +39,20 @@ def test_holdout_losses_come_by_timestep_bin_and_never_flipped(encoded):
             return type("Output", (), {"sample": scaled})
 
     alphas = torch.full((1000,), 0.5)
-    losses = validation.holdout_losses(Told(), dataclasses.replace(encoded, mirrored=()), alphas, CPU, batch=5)
+    rows = dataclasses.replace(encoded, mirrored=())
+    losses = validation.holdout_losses(EchoesTimestep(), rows, alphas, CPU, batch=5)
     means = losses.sqrt() / 250  # the noise adds 1 to a timestep's square
     assert losses.shape == (len(encoded), 4)
     for k in range(4):
         assert (means[:, k] > k - 1e-2).all() and (means[:, k] < k + 1 + 1e-2).all()
 
 
-def test_a_holdout_of_none_is_said_to_be_empty(encoded):
+def test_an_empty_holdout_is_an_error(encoded):
     with pytest.raises(ValueError, match="no picture was held out .the recipe's holdout is 0."):
         validation.holdout_losses(None, encoded.part(0, 0), None, CPU, batch=1)
 
 
-def test_holdout_losses_over_mixed_shapes_are_the_same_whatever_the_batch(mixed, base):
+def test_holdout_losses_over_mixed_shapes_do_not_depend_on_the_batch(mixed, base):
     unet, alphas = models.load_unet(base, torch.float32, CPU), models.load_alphas_cumprod(base)
     one, all_ = (validation.holdout_losses(unet, mixed[1], alphas, CPU, batch=size, draws=2) for size in (1, 6))
     torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-5)
@@ -63,7 +64,7 @@ def test_without_a_holdout_nothing_is_measured(plan, cache_folder, tmp_path):
     assert record["pictures"] == {"training": 24, "holdout": 0}
 
 
-def test_measuring_does_not_make_an_interrupt_wait(plan, cache_folder, tmp_path, monkeypatch):
+def test_an_interrupt_stops_a_measurement_at_once(plan, cache_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "holdout_losses", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     run = train.begin(plan, tmp_path, cache_folder)
     with pytest.raises(KeyboardInterrupt):
@@ -83,8 +84,8 @@ def test_the_best_step_is_marked_and_its_checkpoint_kept(plan, cache_folder, tmp
 
 def test_previews_are_drawn_as_the_pipeline_draws(plan, trained, examples):
     pipe = pipeline.load(plan.base, adapters={"style": trained.folder})
-    look = dict(steps=20, guidance_scale=4.0, resolution=plan.resolution)
-    base, style = (np.asarray(pipeline.draw(pipe, [examples[1][1].caption], 1, a, **look)[0], float)
+    options = dict(steps=20, guidance_scale=4.0, resolution=plan.resolution)
+    base, style = (np.asarray(pipeline.draw(pipe, [examples[1][1].caption], 1, a, **options)[0], float)
                    for a in ("base", "style"))
     for number, same, other in ((0, base, style), (6, style, base)):
         drawn = Image.open(trained.folder / "previews" / f"step-{number:06d}-1.jpg")
@@ -94,7 +95,7 @@ def test_previews_are_drawn_as_the_pipeline_draws(plan, trained, examples):
     assert names == [f"step-{k:06d}-{n}.jpg" for k in (0, 6) for n in (0, 1)]
 
 
-def test_previews_that_fail_stop_no_training(plan, trained, cache_folder, tmp_path, monkeypatch):
+def test_failed_previews_do_not_stop_training(plan, trained, cache_folder, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -102,12 +103,12 @@ def test_previews_that_fail_stop_no_training(plan, trained, cache_folder, tmp_pa
     watcher = Watcher()
     train.train(plan, tmp_path, cache_folder, watcher)
     assert same_adapter(tmp_path, trained.folder)
-    told = "no previews (OutOfMemoryError: CUDA out of memory); the run continues"
-    assert [text for text in watcher.notes if "previews" in text] == [told]
+    message = "no previews (OutOfMemoryError: CUDA out of memory); the run continues"
+    assert [text for text in watcher.notes if "previews" in text] == [message]
 
 
 @pytest.mark.parametrize("at", [4, 6])
-def test_a_measurement_that_was_interrupted_is_made_on_resuming(
+def test_an_interrupted_measurement_is_repeated_on_resuming(
     plan, cache_folder, trained, tmp_path, monkeypatch, at
 ):
     plan, real, calls = plan.replace(measure_every=2, previews=0), validation.holdout_losses, []
@@ -128,7 +129,7 @@ def test_a_measurement_that_was_interrupted_is_made_on_resuming(
     assert record["holdout"] == whole["holdout"] and record["best_step"] == whole["best_step"]
 
 
-def test_a_preview_is_whole_or_not_there(plan, cache_folder, tmp_path, monkeypatch):
+def test_there_are_no_half_written_previews(plan, cache_folder, tmp_path, monkeypatch):
     run = train.begin(plan, tmp_path, cache_folder)
 
     def cut(picture, file, *_, **__):

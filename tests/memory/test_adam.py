@@ -1,4 +1,4 @@
-"""8-bit Adam over joined tensors: bitsandbytes' own numbers and state, bit for bit, in far fewer launches."""
+"""8-bit Adam over joined tensors: bitsandbytes' own values and states, bit for bit, in far fewer launches."""
 
 import copy
 import sys
@@ -12,7 +12,7 @@ from naruto_lora import checkpoint, lora, models, train
 from naruto_lora.memory import adam
 from naruto_lora.memory.fallback import Rung
 
-SHAPES = [(16, 320), (320, 16), (16, 640), (3, 5), (16, 257), (1280, 16)]  # two that must stay by themselves
+SHAPES = [(16, 320), (320, 16), (16, 640), (3, 5), (16, 257), (1280, 16)]  # two can't be joined
 
 
 def _pair(shapes=SHAPES):
@@ -20,7 +20,7 @@ def _pair(shapes=SHAPES):
     generator = torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = copy.deepcopy(ours)
-    return (theirs, AdamW8bit(theirs, weight_decay=1e-2)), (ours, adam.AdamW8bitTogether(ours, weight_decay=1e-2))
+    return (theirs, AdamW8bit(theirs, weight_decay=1e-2)), (ours, adam.JoinedAdamW8bit(ours, weight_decay=1e-2))
 
 
 def _step(pair, number, leave_out=None):
@@ -43,7 +43,7 @@ def _same(pair):
 
 
 @pytest.mark.parametrize("piece", [adam.PIECE, 8192])
-def test_each_number_is_as_by_bitsandbytes(piece, monkeypatch):
+def test_each_value_equals_bitsandbytes(piece, monkeypatch):
     monkeypatch.setattr(adam, "PIECE", piece)
     pair = _pair()
     before = [p.detach().clone() for p in pair[1][0]]
@@ -53,9 +53,9 @@ def test_each_number_is_as_by_bitsandbytes(piece, monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(before, pair[1][0], strict=True))
 
 
-def test_a_tensor_without_a_gradient_is_left_as_it_is():
+def test_a_tensor_without_a_gradient_does_not_change():
     pair = _pair()
-    for number, left_out in enumerate((1, None, 2, None), start=1):  # never seen; then seen later than the others
+    for number, left_out in enumerate((1, None, 2, None), start=1):  # never stepped; then stepped later than the others
         _step(pair, number, left_out)
         for parameters, optimizer in pair:
             assert left_out is None or optimizer.state.get(parameters[left_out], {}).get("step", 0) < number
@@ -63,7 +63,7 @@ def test_a_tensor_without_a_gradient_is_left_as_it_is():
             assert torch.equal(one, two)
 
 
-def test_weights_that_were_moved_are_found_again():
+def test_weights_that_were_moved_are_joined_again():
     pair = _pair()
     for number in range(1, 6):
         if number == 4:
@@ -83,9 +83,9 @@ def test_far_fewer_launches(monkeypatch):
     assert len(calls) == 2  # 500 * 5120 numbers in pieces of 2 ** 21
 
 
-def test_on_a_gpu_it_is_what_trains():
+def test_on_a_gpu_training_uses_it():
     made = train.make_optimizer([torch.nn.Parameter(torch.zeros(16, 320))], torch.device("cuda"))
-    assert isinstance(made, adam.AdamW8bitTogether)
+    assert isinstance(made, adam.JoinedAdamW8bit)
 
 
 def test_without_bitsandbytes_one_sentence_says_what_to_install(monkeypatch):
@@ -94,13 +94,13 @@ def test_without_bitsandbytes_one_sentence_says_what_to_install(monkeypatch):
         train.make_optimizer([torch.nn.Parameter(torch.zeros(16, 320))], torch.device("cuda"))
 
 
-def test_a_checkpoint_of_either_goes_on_under_the_other(base, tmp_path):
+def test_each_optimizer_resumes_from_the_others_checkpoint(base, tmp_path):
     def begun(kind):
         unet = models.load_unet(base, torch.float32, torch.device("cpu"))
         parameters = lora.inject(unet, 32, 32.0)
         return unet, parameters, kind(parameters, weight_decay=1e-2)
 
-    for kind, other in ((AdamW8bit, adam.AdamW8bitTogether), (adam.AdamW8bitTogether, AdamW8bit)):
+    for kind, other in ((AdamW8bit, adam.JoinedAdamW8bit), (adam.JoinedAdamW8bit, AdamW8bit)):
         unet, parameters, optimizer = begun(kind)
         for number in (1, 2, 3):
             _step([(parameters, optimizer)], number)
@@ -115,7 +115,7 @@ def test_a_checkpoint_of_either_goes_on_under_the_other(base, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(parameters, restored, strict=True))
 
 
-def test_a_run_of_the_lean_step_with_it_is_bitsandbytes_own_resumed_or_not(plan, cache_folder, tmp_path, monkeypatch):
+def test_a_lean_run_with_it_equals_one_with_bitsandbytes_resumed_or_not(plan, cache_folder, tmp_path, monkeypatch):
     of = plan.replace(rank=32, alpha=32.0, holdout=0.0, previews=0)  # tensors small and large
 
     def trained(kind, pause):
@@ -132,7 +132,7 @@ def test_a_run_of_the_lean_step_with_it_is_bitsandbytes_own_resumed_or_not(plan,
         return run
 
     expected, *others = (trained(*which) for which in (
-        (AdamW8bit, 0), (adam.AdamW8bitTogether, 0), (adam.AdamW8bitTogether, 3)
+        (AdamW8bit, 0), (adam.JoinedAdamW8bit, 0), (adam.JoinedAdamW8bit, 3)
     ))  # fmt: skip
     assert {state["state1"].dtype for state in expected.optimizer.state.values()} == {torch.uint8, torch.float32}
     for run in others:

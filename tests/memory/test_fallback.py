@@ -1,4 +1,4 @@
-"""A whole run by the lean step, and by the next way to compute it where memory runs out."""
+"""A whole run with the lean step, and with the next rung where memory runs out."""
 
 import dataclasses
 import weakref
@@ -13,14 +13,14 @@ from naruto_lora.memory.fallback import Rung
 
 @pytest.fixture(scope="module")
 def lean_run(plan, cache_folder, tmp_path_factory):
-    """`plan`, trained by the lean step."""
+    """`plan`, trained with the lean step."""
     folder = tmp_path_factory.mktemp("lean")
     run = train.begin(plan, folder, cache_folder, rungs=[Rung(plan.batch)])
     run.to_the_end()
     return run
 
 
-def test_a_run_of_the_lean_step_learns_what_the_plain_one_does(lean_run, trained):
+def test_the_lean_step_learns_what_the_plain_step_learns(lean_run, trained):
     torch.testing.assert_close(
         torch.tensor(lean_run.record["losses"]), torch.tensor(trained.record["losses"]), rtol=1e-4, atol=0
     )
@@ -30,7 +30,7 @@ def test_a_run_of_the_lean_step_learns_what_the_plain_one_does(lean_run, trained
         )
 
 
-def test_resumed_it_is_unbroken(plan, cache_folder, tmp_path, lean_run):
+def test_a_resumed_run_equals_an_unbroken_one(plan, cache_folder, tmp_path, lean_run):
     folder = tmp_path / "run"
     rungs = [Rung(plan.batch)]
     begun = train.begin(plan, folder, cache_folder, rungs=rungs)
@@ -56,7 +56,7 @@ def out_of_memory(engine, calls):
     return accumulate
 
 
-def test_out_of_memory_takes_the_next_rung_and_the_run_ends_as_if_nothing_had_been(
+def test_out_of_memory_switches_to_the_next_rung_and_the_result_stays_the_same(
     plan, cache_folder, tmp_path, lean_run, monkeypatch, capsys
 ):
     rungs = [Rung(plan.batch), Rung(plan.batch, recompute=3), Rung(1, recompute=100)]
@@ -64,14 +64,14 @@ def test_out_of_memory_takes_the_next_rung_and_the_run_ends_as_if_nothing_had_be
     monkeypatch.setattr(lean.Lean, "accumulate", out_of_memory(run.engine, {4, 9}))  # in the second and fourth step
     before, make = weakref.ref(run.engine), fallback.make_engine
 
-    def alone(*args):
+    def only_one(*args):
         nonlocal before
         assert before() is None  # two engines would hold the weights twice
         engine = make(*args)
         before = weakref.ref(engine)
         return engine
 
-    monkeypatch.setattr(fallback, "make_engine", alone)
+    monkeypatch.setattr(fallback, "make_engine", only_one)
     run.to_the_end()
     assert run.step == plan.steps == len(run.record["losses"])
     assert run.fallback.rungs == rungs[2:]
@@ -82,7 +82,7 @@ def test_out_of_memory_takes_the_next_rung_and_the_run_ends_as_if_nothing_had_be
     )
 
 
-def test_a_rung_that_cannot_even_be_set_up_is_passed_over(plan, cache_folder, tmp_path, monkeypatch):
+def test_a_rung_whose_engine_does_not_fit_is_skipped(plan, cache_folder, tmp_path, monkeypatch):
     rungs = [Rung(plan.batch), Rung(plan.batch, recompute=3), Rung(1, recompute=100)]
     run = train.begin(plan, tmp_path, cache_folder, rungs=rungs)
     monkeypatch.setattr(lean.Lean, "accumulate", out_of_memory(run.engine, {1}))
@@ -98,7 +98,7 @@ def test_a_rung_that_cannot_even_be_set_up_is_passed_over(plan, cache_folder, tm
     assert run.fallback.rungs == rungs[2:]
 
 
-def test_what_a_graph_holds_excuses_one_failure_not_all(plan, cache_folder, tmp_path, monkeypatch):
+def test_releasing_the_graph_is_tried_only_once(plan, cache_folder, tmp_path, monkeypatch):
     run = train.begin(plan, tmp_path, cache_folder, rungs=[Rung(plan.batch), Rung(1, recompute=100)])
     first, tries = run.engine, []
     monkeypatch.setattr(first, "release", lambda: True)
@@ -112,7 +112,7 @@ def test_what_a_graph_holds_excuses_one_failure_not_all(plan, cache_folder, tmp_
     assert tries == [True, True, False]
 
 
-def test_without_a_rung_left_one_sentence_says_so_and_what_is_trained_is_kept(
+def test_without_a_rung_left_the_error_says_so_and_the_checkpoint_is_kept(
     plan, cache_folder, tmp_path, monkeypatch
 ):
     run = train.begin(plan, tmp_path, cache_folder, rungs=[Rung(plan.batch)])

@@ -1,4 +1,4 @@
-"""Memory: what of it is free, and what `free` lets go."""
+"""GPU memory: how much is free, and what `free` releases."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def test_without_a_gpu_there_is_no_peak():
     gpu.reset_peak()
 
 
-def test_the_card_here_is_the_cpu_and_what_its_memory_has_free():
+def test_without_a_gpu_the_card_is_the_cpu_with_its_free_memory():
     card = gpu.Card.here(torch.device("cpu"))
     assert not card.cuda and 0 < card.free == card.host_free and card.cores >= 1
 
@@ -25,11 +25,11 @@ def test_the_card_here_is_the_cpu_and_what_its_memory_has_free():
     "free, cap, reserved, allocated, expected",
     [
         (14.0, 1.0, 0.0, 0.0, 14.0),
-        (6.0, 1.0, 8.0, 5.0, 9.0),  # what torch has taken and does not use counts as free, live tensors do not
+        (6.0, 1.0, 8.0, 5.0, 9.0),  # torch's unused cache counts as free, live tensors do not
         (14.0, 0.5, 2.0, 1.0, 6.5),  # a cap on torch, half of 15 GiB here
     ],
 )
-def test_what_a_gpu_has_free(monkeypatch, free, cap, reserved, allocated, expected):
+def test_the_free_memory_of_a_gpu(monkeypatch, free, cap, reserved, allocated, expected):
     about = SimpleNamespace(name="a card", major=7, minor=5, multi_processor_count=40)
     answers = {
         "mem_get_info": (free * gpu.GIB, 15 * gpu.GIB),
@@ -50,13 +50,13 @@ def test_what_a_gpu_has_free(monkeypatch, free, cap, reserved, allocated, expect
     assert (card.name, card.free / gpu.GIB, card.sm, card.processors) == ("a card", expected, 75, 40)
 
 
-def test_free_lets_go_of_garbage_and_of_a_kept_traceback(monkeypatch):
+def test_free_releases_garbage_and_a_kept_traceback(monkeypatch):
     class Heavy:
         pass
 
     def fail():
         heavy = Heavy()
-        heavy.itself = heavy  # a cycle: only the collector takes it
+        heavy.itself = heavy  # a cycle: only the garbage collector frees it
         seen.append(weakref.ref(heavy))
         raise ValueError
 
@@ -71,7 +71,7 @@ def test_free_lets_go_of_garbage_and_of_a_kept_traceback(monkeypatch):
     assert seen[0]() is None
 
 
-def test_free_lets_go_of_what_a_failed_cell_held():
+def test_free_releases_what_a_failed_cell_holds():
     cell = "seen = []\ndef fail():\n    heavy = {1}\n    seen.append(weakref.ref(heavy))\n    raise ValueError\n"
     code = f"""if True:
         import weakref
@@ -91,12 +91,12 @@ def test_free_lets_go_of_what_a_failed_cell_held():
 
 
 @pytest.mark.parametrize("cap, expected", [(1.0, 30 + 5), (0.3, 30 - 20 + 5)])
-def test_what_is_available_counts_the_cache_and_the_cap(monkeypatch, cap, expected):
-    """Of 100 bytes 30 are free and 20 reserved, 15 of these in use; others have the rest."""
+def test_available_memory_includes_the_cache_and_respects_the_cap(monkeypatch, cap, expected):
+    """Of 100 bytes 30 are free and 20 reserved, 15 of these in use; other programs have the rest."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    told = {"mem_get_info": (30, 100), "memory_reserved": 20, "memory_allocated": 15,
-            "get_per_process_memory_fraction": cap}
-    for name, value in told.items():
+    answers = {"mem_get_info": (30, 100), "memory_reserved": 20, "memory_allocated": 15,
+               "get_per_process_memory_fraction": cap}
+    for name, value in answers.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert gpu.available(torch.device("cuda")) == expected
 

@@ -1,4 +1,4 @@
-"""The lean step against the plain one: the same losses and gradients, whatever is kept, stored or recomputed."""
+"""The lean step against the plain one: the same losses and gradients, however weights and activations are stored."""
 
 import functools
 import threading
@@ -11,7 +11,7 @@ from naruto_lora import lora, models, step
 from naruto_lora.memory import fused, lean
 from naruto_lora.memory.fallback import Rung
 
-TOKENS = 45  # not a multiple of what matrix products want
+TOKENS = 45  # not a multiple of 8, which matrix products need
 
 
 def loaded(base, rank=4, alpha=10.0):
@@ -56,7 +56,7 @@ def error(value, reference):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("recompute", [0, 5, 100])
-def test_its_losses_and_gradients_are_the_plain_steps(base, batch, recompute):
+def test_losses_and_gradients_equal_the_plain_steps(base, batch, recompute):
     losses, expected = plain(base, batch)
     unet, parameters = loaded(base)
     engine = lean.Lean(unet, parameters, Rung(batch, recompute=recompute))
@@ -68,7 +68,7 @@ def test_its_losses_and_gradients_are_the_plain_steps(base, batch, recompute):
 
 
 def test_recomputing_keeps_less(base):
-    """What autograd holds for the backward pass, counted."""
+    """Counts the bytes that autograd holds for the backward pass."""
 
     def kept(recompute):
         unet, parameters = loaded(base)
@@ -96,7 +96,7 @@ def test_compiled_it_computes_the_same(base, batch=1):
     assert error(gradients(parameters), expected) < 1e-5
 
 
-def test_without_gradients_it_draws_as_the_plain_unet(base):
+def test_without_gradients_it_predicts_what_the_plain_unet_does(base):
     unet, parameters = loaded(base)
     given = inputs(base, 3)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_without_gradients_it_draws_as_the_plain_unet(base):
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 9, 7), (1, 64, 8, 8)])
-def test_the_last_norm_rounds_its_result_and_nothing_else(base, shape):
+def test_the_last_norm_rounds_only_its_result(base, shape):
     unet = models.load_unet(base, torch.float16, "cpu")
     norm, channels = unet.conv_norm_out, unet.conv_norm_out.num_channels
     x = torch.randn(shape[0], channels, *shape[2:], generator=torch.Generator().manual_seed(0)).half() * 3 + 1
@@ -125,7 +125,7 @@ def test_the_last_norm_rounds_its_result_and_nothing_else(base, shape):
         assert torch.equal(unet.conv_norm_out(x), expected.half())
 
 
-def test_weights_on_the_host_are_exact_and_fewer_bits_nearly_so(base):
+def test_weights_on_the_host_are_exact_and_quantized_ones_nearly(base):
     losses, expected = plain(base, 3)
     off = {}
     for weights in ("host", "int8", "nf4"):
@@ -133,11 +133,11 @@ def test_weights_on_the_host_are_exact_and_fewer_bits_nearly_so(base):
         engine = lean.Lean(unet, parameters, Rung(3, weights=weights))
         off[weights] = error(engine.accumulate(inputs(base, 3), torch.full((3,), 2.0)), losses)
         block = unet.mid_block.attentions[0].transformer_blocks[0]
-        assert block.ff.net[2].weight.numel() == block.attn1.to_k.base_layer.weight.numel() == 0  # nothing held twice
+        assert block.ff.net[2].weight.numel() == block.attn1.to_k.base_layer.weight.numel() == 0  # nothing stored twice
     assert off["host"] < 1e-6 < off["int8"] < off["nf4"] < 0.1
 
 
-def test_another_rung_takes_up_what_the_one_before_has_stored(base):
+def test_the_next_rung_reads_the_weights_that_the_one_before_stored(base):
     losses, expected = plain(base, 3)
     unet, parameters = loaded(base)
     for weights in ("resident", "host", "resident"):
@@ -148,7 +148,7 @@ def test_another_rung_takes_up_what_the_one_before_has_stored(base):
 
 
 class Recorded:
-    """A CUDA graph's part, on a CPU: what is recorded runs again on inputs put in its place."""
+    """Simulates a CUDA graph on a CPU: the recorded step runs again on inputs copied into its buffers."""
 
     def __init__(self, engine, inputs, seed):
         self.engine, self.inputs, self.seed = engine, {k: v.clone() for k, v in inputs.items()}, seed.clone()
@@ -161,23 +161,23 @@ class Recorded:
         return self.engine._micro_step(self.inputs, self.seed)
 
 
-def test_a_recorded_step_adds_up_like_the_others_and_has_no_share_in_the_recording(base, monkeypatch):
+def test_a_recorded_step_adds_its_gradients_and_the_recording_adds_none(base, monkeypatch):
     monkeypatch.setattr(lean, "_Graph", Recorded)
     _, once = plain(base, 3)
     unet, parameters = loaded(base)
     engine = lean.Lean(unet, parameters, Rung(3, graphed=True))
-    for _ in range(lean.AFTER + 2):
+    for _ in range(lean.RECORD_AFTER + 2):
         engine.accumulate(inputs(base, 3), torch.full((3,), 2.0))
     assert engine.graph is not None
-    assert error(gradients(parameters), (lean.AFTER + 2) * once) < 1e-5
-    engine.accumulate(inputs(base, 1), torch.full((1,), 2.0))  # an epoch's last: the graph's memory is in its way
+    assert error(gradients(parameters), (lean.RECORD_AFTER + 2) * once) < 1e-5
+    engine.accumulate(inputs(base, 1), torch.full((1,), 2.0))  # an epoch's last batch releases the graph's memory
     assert engine.graph is None
     engine.accumulate(inputs(base, 3), torch.full((3,), 2.0))
     assert engine.graph is not None
     assert engine.release() and not engine.release()
 
 
-def test_where_nothing_can_be_recorded_or_compiled_it_goes_on_without_and_says_so(base, monkeypatch):
+def test_without_recording_and_compiling_it_continues_and_says_so(base, monkeypatch):
     def fails(*_):
         raise RuntimeError("not here\nand more")
 
@@ -186,27 +186,27 @@ def test_where_nothing_can_be_recorded_or_compiled_it_goes_on_without_and_says_s
     losses, once = plain(base, 3)
     unet, parameters = loaded(base)
     engine = lean.Lean(unet, parameters, Rung(3, graphed=True, compiled=True))
-    for _ in range(lean.AFTER + 2):
+    for _ in range(lean.RECORD_AFTER + 2):
         assert error(engine.accumulate(inputs(base, 3), torch.full((3,), 2.0)), losses) < 1e-6
-    assert error(gradients(parameters), (lean.AFTER + 2) * once) < 1e-5
-    compiling, recording = engine.news
+    assert error(gradients(parameters), (lean.RECORD_AFTER + 2) * once) < 1e-5
+    compiling, recording = engine.notes
     assert "torch.compile does not work here (not here" in compiling
     assert recording == "no CUDA graph can be recorded here (not here): training continues without it"
 
 
-def test_a_recording_that_runs_out_of_memory_is_the_runs_to_deal_with(base, monkeypatch):
+def test_a_recording_that_runs_out_of_memory_raises(base, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(lean, "_Graph", full)
     unet, parameters = loaded(base)
     engine = lean.Lean(unet, parameters, Rung(3, graphed=True))
-    engine.shape, engine.seen = (3, 4, 16, 8), lean.AFTER
+    engine.shape, engine.seen = (3, 4, 16, 8), lean.RECORD_AFTER
     with pytest.raises(torch.OutOfMemoryError):
         engine.accumulate(inputs(base, 3), torch.full((3,), 2.0))
 
 
-def test_a_unet_of_another_kind_is_refused_with_the_layers_name(base):
+def test_an_unsupported_unet_is_refused_with_the_layers_name(base):
     unet, parameters = loaded(base)
     assert lean.unsupported(unet) is None
     unet.up_blocks[0].resnets[1].output_scale_factor = 2.0
@@ -217,31 +217,31 @@ def test_a_unet_of_another_kind_is_refused_with_the_layers_name(base):
         lean.Lean(unet, parameters, Rung(1))
 
 
-def test_lora_elsewhere_is_refused(base):
+def test_lora_on_other_layers_is_refused(base):
     unet, parameters = loaded(base)
     with pytest.raises(ValueError, match="to_out.0 only"):
         lean.Lean(unet, [*parameters, unet.conv_in.weight], Rung(1))
 
 
-def test_compiled_functions_meet_more_shapes_than_dynamo_allows_in_whichever_thread_runs_them(monkeypatch):
-    """CUDA's backward passes run in a thread of their own, whose limits are not the main thread's (torch 2.12)."""
+def test_compiled_functions_take_more_shapes_than_dynamos_default_in_any_thread(monkeypatch):
+    """CUDA's backward passes run in their own thread, which has its own limits (torch 2.12)."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     ops, seen = fused.compiled("cpu"), []
 
-    def meet():
+    def call_with_many_shapes():
         for size in range(2, 14):
             x = torch.randn(1, 4, size, 2)
             out, mean, rstd = ops.group_norm(x, None, torch.ones(4), torch.zeros(4), 2, 1e-5, True)
             grad = ops.group_norm_backward(out, x, None, mean, rstd, torch.ones(4), torch.zeros(4), 2, 1e-5, True)
             seen.append((grad.shape == x.shape, torch._dynamo.config.recompile_limit))
 
-    thread = threading.Thread(target=meet)
+    thread = threading.Thread(target=call_with_many_shapes)
     thread.start()
     thread.join()
     assert seen == [(True, fused.SHAPES)] * 12
 
 
-def test_softmax_backward_is_autograds():
+def test_softmax_backward_equals_autograds():
     scores = torch.randn(2, 5, 8, dtype=torch.float64).requires_grad_()
     grad = torch.randn(2, 5, 8, dtype=torch.float64)
     share = (scores[..., :6] * 0.3).softmax(-1)

@@ -1,4 +1,4 @@
-"""The memory plan on cards of many sizes, for SDXL at full size: from its configuration alone, no weight is loaded."""
+"""The memory plan on cards of many sizes, for SDXL at full size; from its configuration, without loading weights."""
 
 import json
 import math
@@ -18,7 +18,7 @@ RECIPES = ("naruto-1024", "naruto-256")
 
 @pytest.fixture(scope="module")
 def named(tmp_path_factory):
-    """The named recipes with a base that has a configuration alone."""
+    """The named recipes with a base that has only its configuration."""
     folder = tmp_path_factory.mktemp("base")
     for part, config in (("unet", sdxl.UNET), ("vae", sdxl.VAE)):
         (folder / part).mkdir()
@@ -27,7 +27,7 @@ def named(tmp_path_factory):
 
 
 def down(made):
-    """The plan and all that follow it after out-of-memory errors."""
+    """The plan and all its fallbacks after out-of-memory errors."""
     while made:
         yield made
         made = made.next()
@@ -35,7 +35,7 @@ def down(made):
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("gib", SIZES)
-def test_the_chosen_rung_fits_and_is_the_first_that_does(named, name, gib):
+def test_the_chosen_rung_is_the_first_that_fits(named, name, gib):
     of = named(name)
     made = plan.plan(of, Card.of("card", gib), of.steps)
     taken = made.chosen.parts
@@ -73,7 +73,7 @@ def test_a_t4_recomputes_nothing_and_keeps_the_micro_batch(named, name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_fast_large_card_takes_the_step_in_one_piece(named, name):
+def test_a_fast_large_card_takes_the_step_in_one_micro_batch(named, name):
     of = named(name)
     rung = plan.plan(of, Card.of("H200", 140, 90, 132), of.steps).rung
     assert (rung.batch, rung.recompute) == (of.pictures_per_step, 0)
@@ -88,16 +88,16 @@ def test_as_few_layers_as_fit_are_recomputed(named):
     assert one_less.parts.reserved > made.limit >= made.chosen.parts.reserved
 
 
-def test_where_the_host_has_no_room_the_weights_are_packed(named):
+def test_if_the_host_lacks_memory_the_weights_are_quantized(named):
     of = named("naruto-1024")
     assert plan.plan(of, Card.of("card", 6), of.steps).rung.weights == "host"
     assert plan.plan(of, Card.of("card", 6, host_gib=2), of.steps).rung.weights == "int8"
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_nothing_fits(named, name):
+def test_if_no_rung_fits_the_error_names_a_card_that_would(named, name):
     of = named(name)
-    with pytest.raises(RuntimeError, match=r"needs .* GiB of GPU memory at the least, and small has 3\.5 free: end"):
+    with pytest.raises(RuntimeError, match=r"needs at least .* GiB of GPU memory, and small has 3\.5 GiB free: close"):
         plan.plan(of, Card.of("small", 4), of.steps)
     with pytest.raises(RuntimeError) as error:
         plan.plan(of, Card.of("small", 4), of.steps)
@@ -105,7 +105,7 @@ def test_nothing_fits(named, name):
     assert plan.plan(of, Card.of("enough", card + 0.1), of.steps).chosen.parts.reserved + CONTEXT < (card + 0.1) * GIB
 
 
-def test_compiled_where_the_steps_left_pay_for_it(named):
+def test_it_compiles_if_the_steps_left_pay_for_it(named):
     of, card = named("naruto-1024"), Card.of("T4", 14.56)
     after, takes = plan.break_even(plan.plan(of, card, 1).rung, of, card)
     saved = takes / after  # seconds a step
@@ -119,7 +119,7 @@ def test_compiled_where_the_steps_left_pay_for_it(named):
     assert not plan.plan(of, without, of.steps).rung.compiled
 
 
-def test_buckets_cost_a_compilation_a_shape(named):
+def test_buckets_cost_one_compilation_a_shape(named):
     square, card = named("naruto-1024"), Card.of("T4", 14.56)
     rung = plan.Rung(1, graphed=True)
     assert plan.break_even(rung, square.replace(buckets=True), card) > plan.break_even(rung, square, card)
@@ -141,7 +141,7 @@ def test_on_a_cpu_it_is_one_row(base):
     assert made.rung == plan.Rung(of.batch) and made.sentence().startswith("On the CPU: nothing recomputed")
 
 
-def test_the_table_marks_what_is_chosen(named):
+def test_the_table_marks_the_chosen_rung(named):
     of = named("naruto-256")
     made = plan.plan(of, Card.of("card", 8), of.steps)
     rows = report.plan(made).rows

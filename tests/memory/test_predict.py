@@ -1,4 +1,4 @@
-"""The prediction of memory: what the real step keeps, and holds at most, beside what the formulas say."""
+"""The prediction of memory: what the real step keeps, and its peak, compared with the formulas."""
 
 import math
 import weakref
@@ -16,7 +16,7 @@ RANK, SIDE, FP32 = 4, 8, 4
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as they live."""
+    """Counts the bytes of the tensors that operations create, while they are alive."""
 
     def __init__(self):
         super().__init__()
@@ -67,10 +67,10 @@ def inputs(unet, batch: int) -> dict:
 
 @pytest.mark.parametrize("recompute", [0, 12, 34])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_what_the_lean_step_keeps_and_holds_at_most(base, batch, recompute):
+def test_what_the_lean_step_keeps_and_its_peak(base, batch, recompute):
     unet = models.load_unet(base, torch.float32, "cpu")
     rung = Rung(batch, recompute=recompute)
-    assert len(lean.units(unet)) == predict.shape(base, SIDE).units == 34  # so that these are none, some and all
+    assert len(lean.units(unet)) == predict.shape(base, SIDE).units == 34  # so the parameters are none, some and all
     lean.Lean(unet, lora.inject(unet, RANK, RANK), rung)
     given = inputs(unet, batch)
     with Live() as live:
@@ -78,14 +78,14 @@ def test_what_the_lean_step_keeps_and_holds_at_most(base, batch, recompute):
         kept = live.now
         losses.backward(torch.ones(batch))
     shape = predict.shape(base, SIDE)
-    text = batch * predict.TOKENS * shape.text * FP32  # came in
+    text = batch * predict.TOKENS * shape.text * FP32  # an input
     predicted = sum(predict.keeps(layer, rung, RANK, FP32) for layer in shape.layers)
     assert predicted * FP32 == pytest.approx(kept, rel=0.02)
     assert sum(predict.peak(shape, rung, RANK, FP32)) - text == pytest.approx(live.most, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["block", "resnet"])
-def test_one_layer_alone_holds_at_most_what_is_said_of_it(base, kind):
+def test_the_peak_of_one_layer(base, kind):
     unet = models.load_unet(base, torch.float32, "cpu")
     lean.Lean(unet, lora.inject(unet, RANK, RANK), Rung(2))
     layer = [each for each in predict.shape(base, SIDE).layers if each.kind == kind][-1]
@@ -104,7 +104,7 @@ def test_one_layer_alone_holds_at_most_what_is_said_of_it(base, kind):
     assert (of.inside + of.backward) * FP32 == pytest.approx(live.most, rel=0.1)
 
 
-def test_the_weights_and_the_lora_are_counted_as_they_are(base):
+def test_weights_and_lora_are_counted_exactly(base):
     unet = models.load_unet(base, torch.float32, "cpu")
     frozen = sum(p.numel() for p in unet.parameters())
     trained = sum(p.numel() for p in lora.inject(unet, RANK, RANK))

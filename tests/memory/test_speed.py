@@ -1,4 +1,4 @@
-"""This machine measured: rows that add up."""
+"""The speed of this machine: tables whose figures fit together."""
 
 import torch
 
@@ -7,9 +7,9 @@ from naruto_lora.memory import plan as plans
 from naruto_lora.memory import speed
 
 
-def test_precisions_names_what_was_measured_and_its_share():
+def test_precisions_has_the_measured_figures_and_the_ratio_to_fp32():
     (row,) = speed.precisions(64)
-    assert row["precision"] == "fp32" and row["of fp32"] == "1 x"
+    assert row["precision"] == "fp32" and row["against fp32"] == "1 x"
     assert float(row["matrix product, TFLOP/s"]) > 0 and float(row["convolution, TFLOP/s"]) > 0
 
 
@@ -17,11 +17,11 @@ def test_a_recipe_s_minutes_follow_from_its_micro_step(base, monkeypatch):
     monkeypatch.setattr(speed, "_micro_step", lambda *_: 0.5)
     plan = recipe.load(tiny.HIGH).replace(base=base, batch=4, accumulation=3)
     (row,) = speed.steps([plan])
-    assert (row["pictures together"], row["ms"], row["s a step"]) == (4, "500", "1.5")
-    assert float(row["minutes in all"]) == round(1.5 * plan.steps / 60)
+    assert (row["micro-batch"], row["ms a micro-batch"], row["s a step"]) == (4, "500", "1.5")
+    assert float(row["minutes in total"]) == round(1.5 * plan.steps / 60)
 
 
-def test_the_steps_that_are_timed_are_real_ones(base, monkeypatch):
+def test_the_timed_steps_are_real_ones(base, monkeypatch):
     """Each micro-step has the recipe's shapes and reaches the LoRA; afterwards the U-Net is as before."""
     seen = []
     original = speed.make_engine
@@ -48,7 +48,7 @@ def test_the_steps_that_are_timed_are_real_ones(base, monkeypatch):
     assert all(rung == plans.here(plans_[0]).rung for _, rung in seen)
 
 
-def test_random_inputs_are_what_the_unet_takes(base):
+def test_random_inputs_fit_the_unet(base):
     unet = speed.models.load_unet(base, torch.float32, torch.device("cpu"))
     inputs = speed.random_inputs(unet, 2, 8, torch.device("cpu"))
     inputs["alphas_cumprod"] = speed.models.load_alphas_cumprod(base)

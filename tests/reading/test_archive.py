@@ -1,4 +1,4 @@
-"""A data set in a zip: unpacked once, nothing outside, nothing hidden."""
+"""A data set in a zip: unpacked once, without hidden files, and nothing outside of its folder."""
 
 import shutil
 import zipfile
@@ -38,21 +38,21 @@ def test_a_zip_writes_nothing_outside(tmp_path, cached, name):
     assert not list(tmp_path.rglob("*evil*"))
 
 
-def test_a_zips_links_are_left_out(tmp_path, cached):
+def test_a_zips_links_are_skipped(tmp_path, cached):
     link = zipfile.ZipInfo("link.png")
     link.create_system, link.external_attr = 3, 0o120777 << 16
     folder = archive.unzip(zipped(tmp_path / "mine.zip", {link: "/etc/passwd", "good.png": b"1"}))
     assert [p.name for p in folder.iterdir()] == ["good.png"]
 
 
-def test_zips_that_are_damaged_or_too_large_are_told(tmp_path, cached, monkeypatch):
+def test_zips_that_are_damaged_or_too_large_are_refused(tmp_path, cached, monkeypatch):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         archive.unzip(tmp_path / "none.zip")
     (tmp_path / "broken.zip").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="broken.zip' can't be unpacked"):
         archive.unzip(tmp_path / "broken.zip")
-    monkeypatch.setattr(archive, "UNZIPPED", 100)
-    with pytest.raises(ValueError, match="take a smaller one"):
+    monkeypatch.setattr(archive, "MAX_UNZIPPED", 100)
+    with pytest.raises(ValueError, match="use a smaller one"):
         archive.unzip(zipped(tmp_path / "large.zip", {"a.png": bytes(101)}))
     assert list(cached.iterdir()) == []
 

@@ -1,4 +1,4 @@
-"""Side by side: the sheet's geometry, the slider's html, the browser's state."""
+"""Side by side: the geometry of sheets, the HTML of the slider and cards."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ def plain(*colours, size=16):
 
 
 def boxes(sheet):
-    """{colour: its bounding box (left, top, right, bottom)} of what stands on the sheet."""
+    """{colour: its bounding box (left, top, right, bottom)} on the sheet."""
     pixels, found = np.asarray(sheet), {}
     for colour in COLOURS:
         ys, xs = np.nonzero((pixels == Image.new("RGB", (1, 1), colour).getpixel((0, 0))).all(-1))
@@ -28,7 +28,7 @@ def boxes(sheet):
 
 
 @pytest.mark.parametrize("size", [40, 64, 256])
-def test_every_picture_has_its_cell(size):
+def test_each_picture_has_its_own_cell(size):
     sheet = compare.grid({"base": plain(*COLOURS[:3]), "a longer name": plain(*COLOURS[3:])}, ["x"] * 3, size)
     cells = boxes(sheet)
     assert len(cells) == 6
@@ -64,7 +64,7 @@ def test_long_captions_are_cut_and_stay_under_their_picture(word):
     assert (np.asarray(long)[-1] == 255).all()
 
 
-def test_previews_over_time_stand_by_step_and_prompt():
+def test_previews_over_time_have_a_column_a_step_and_a_row_a_prompt():
     sheet = compare.over_time({90: plain("lime", "yellow"), 0: plain("red", "blue")}, ["a prompt", "word " * 30], 64)
     cells = boxes(sheet)
     assert all((right - left, bottom - top) == (64, 64) for left, top, right, bottom in cells.values())
@@ -75,7 +75,7 @@ def test_previews_over_time_stand_by_step_and_prompt():
     assert not ink[-1].any() and not ink[:, -1].any()
 
 
-def test_of_many_previews_the_first_the_last_and_some_between_are_shown(monkeypatch):
+def test_of_many_steps_the_first_the_last_and_some_between_are_shown(monkeypatch):
     written = []
     monkeypatch.setattr(compare.ImageDraw.ImageDraw, "text", lambda pen, place, text, *_, **__: written.append(text))
     compare.over_time({step: plain("red") for step in range(0, 1000, 10)}, ["x"], 128)
@@ -84,15 +84,15 @@ def test_of_many_previews_the_first_the_last_and_some_between_are_shown(monkeypa
     written.clear()
     compare.over_time({0: plain("red"), 30: []}, ["x"], 64)  # the second was cut off before its picture
     assert written == ["step 0", "step 30", "x"]
-    alone = compare.over_time({0: plain("red")}, ["x"], 32)
-    assert compare.over_time({0: plain("red")}, ["x", "never drawn"], 32).size == alone.size
+    single = compare.over_time({0: plain("red")}, ["x"], 32)
+    assert compare.over_time({0: plain("red")}, ["x", "never drawn"], 32).size == single.size
     with pytest.raises(ValueError, match="no previews to show"):
         compare.over_time({}, ["x"])
 
 
-def test_models_stand_in_columns_prompts_and_seeds_in_rows():
+def test_models_are_columns_and_prompts_and_seeds_are_rows():
     drawn = {"base": plain("red", "lime"), "LoRA": plain("blue", "yellow")}
-    sheet = compare.beside(drawn, ["a prompt"], each=2, size=64)
+    sheet = compare.beside(drawn, ["a prompt"], per_prompt=2, size=64)
     cells = boxes(sheet)
     assert all((right - left, bottom - top) == (64, 64) for left, top, right, bottom in cells.values())
     assert cells["red"][1] == cells["blue"][1] < cells["lime"][1] == cells["yellow"][1]
@@ -143,7 +143,7 @@ def test_one_jpeg_is_shown(monkeypatch):
 
 
 def embedded(html):
-    """The pictures in the html, in order."""
+    """The pictures in the HTML, in order."""
     return [Image.open(io.BytesIO(base64.b64decode(text))) for text in re.findall(r"base64,([^\"]+)\"", html)]
 
 
@@ -159,7 +159,7 @@ def test_the_slider_holds_both_pictures_and_escapes_its_labels():
 def test_cards_name_and_escape_and_keep_large_pictures_large():
     html = compare.cards({"<i>": plain("red", size=600)[0], "small": plain("blue")[0]}, size=320)
     large, small = embedded(html)
-    assert large.size == (600, 600) and small.size == (320, 320)  # zooming shows what there is
+    assert large.size == (600, 600) and small.size == (320, 320)  # zooming shows all pixels
     assert "<i>" not in html and html.count("&lt;i&gt;") == 2 and html.count("pixelated") == 1
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what a program reads."""
+"""A run as curves, tables, sentences and JSON."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def record(means, pictures=12, noise=0.0, best=None, steps=60):
-    """A run's record with hold-out means {step: mean}, on pictures and timesteps that differ far more than steps."""
+    """A run's record with hold-out means {step: mean}; pictures and timesteps differ far more than steps."""
     rng = np.random.default_rng(0)
     levels = rng.lognormal(0, 0.5, (pictures, 1)) * [1.6, 1.2, 0.8, 0.4]
     levels /= levels.mean()
@@ -28,7 +28,7 @@ def record(means, pictures=12, noise=0.0, best=None, steps=60):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures of `report.curves`, kept for a look at what they hold."""
+    """The matplotlib figures that `report.curves` drew."""
     from matplotlib.figure import Figure
 
     figures, save = [], Figure.savefig
@@ -54,7 +54,7 @@ def test_curves_show_the_best_step_the_legs_and_each_noise_level(drawn):
     assert all(line.get_ydata() == pytest.approx([0, -50, -25]) for line in right.lines[:4])
 
 
-def test_the_band_is_that_of_the_paired_change(drawn):
+def test_the_band_is_the_interval_of_the_paired_change(drawn):
     run = record({0: 1.0, 60: 0.9}, noise=0.01)
     report.curves({"run": run})
     first, last = (np.mean(losses, axis=1) for losses in run["holdout"].values())
@@ -67,12 +67,12 @@ def test_the_band_is_that_of_the_paired_change(drawn):
     assert heights[60][-1] - heights[60][0] < 0.2 * (metrics.mean(last).high - metrics.mean(last).low)
 
 
-def test_without_a_holdout_there_is_the_training_panel_alone(drawn):
+def test_without_a_holdout_there_is_only_the_training_panel(drawn):
     report.curves({"run": record({})})
     assert [labels(axes) for axes in drawn[0].axes] == [["training"]]
 
 
-def test_curves_of_several_runs_are_told_apart(drawn):
+def test_curves_of_several_runs_have_different_labels(drawn):
     one_step = record({}, steps=1) | {"losses": [0.5]}
     report.curves({"a": record({0: 1.0, 60: 0.5}, best=60), "b": record({0: 1.0}, pictures=1), "c": one_step})
     left, right = (labels(axes) for axes in drawn[0].axes)
@@ -84,7 +84,7 @@ def rows(table):
     return [line.split("  ")[0] for line in repr(table).splitlines()[1:]]
 
 
-def test_the_gain_is_counted_in_pairs():
+def test_the_gain_is_paired():
     shown = report.gain(record({0: 0.9, 30: 0.9, 60: 0.4}, best=60))
     assert rows(shown) == ["base", "LoRA", "gain"]
     base, lora, gain = (row["hold-out loss"] for row in shown.rows)
@@ -92,7 +92,7 @@ def test_the_gain_is_counted_in_pairs():
     assert rows(report.gain(record({0: 0.9, 30: 0.3, 60: 0.4}, best=30))) == ["base", "best step (30)", "LoRA", "gain"]
 
 
-def test_the_gain_by_timestep_is_that_of_its_column():
+def test_the_gain_by_timestep_is_calculated_from_its_column():
     run = record({0: 1.0, 60: 0.5})
     run["holdout"]["60"] = [[a, b, c, 0.5 * d] for a, b, c, d in run["holdout"]["0"]]
     shown = report.by_timestep(run).rows
@@ -102,14 +102,14 @@ def test_the_gain_by_timestep_is_that_of_its_column():
 
 
 @pytest.mark.parametrize("ask", [report.gain, report.by_timestep, report.overfitting])
-def test_where_nothing_was_held_out_no_figure_is_made_up(ask):
-    assert ask(record({})) == "No picture was held out of training (holdout is 0), so there is nothing to measure by."
+def test_too_few_measurements_give_a_sentence_instead_of_a_figure(ask):
+    assert ask(record({})) == "No picture was held out of training (holdout is 0), so nothing can be measured."
     assert "needs at least 2" in ask(record({0: 1.0, 30: 0.9, 60: 0.8}, pictures=1))
     enough = "3 or more" if ask is report.overfitting else "only once, at step 0"
     assert enough in ask(record({0: 1.0}))
 
 
-def test_overfitting_is_told_from_a_fall_and_from_a_rise_too_small_to_matter():
+def test_overfitting_is_not_a_fall_or_a_very_small_rise():
     def verdict(*means):
         return report.overfitting(record({20 * k: m for k, m in enumerate(means)}, noise=0.001))
 
@@ -117,22 +117,22 @@ def test_overfitting_is_told_from_a_fall_and_from_a_rise_too_small_to_matter():
     risen = verdict(1.0, 0.8, 0.9)
     assert "lowest at step 20 and has risen since by 0.1 [" in risen and risen.endswith("is in checkpoint-20.")
     assert verdict(1.0, 0.9, 0.8).startswith("No sign of over-fitting")
-    assert verdict(1.0, 0.8, 0.805).startswith("No sign of over-fitting")  # sure, but half a percent
+    assert verdict(1.0, 0.8, 0.805).startswith("No sign of over-fitting")  # significant, but only half a percent
 
 
-def test_overfitting_is_told_by_a_step_that_has_a_checkpoint_even_where_the_base_was_best():
+def test_overfitting_names_a_step_with_a_checkpoint_even_if_the_base_was_best():
     verdict = report.overfitting(record({0: 1.0, 20: 1.1, 40: 1.3}))
     assert "lowest at step 20" in verdict and verdict.endswith("is in checkpoint-20.")
 
 
-def test_measurements_are_taken_in_the_order_of_steps_however_they_are_kept():
+def test_measurements_are_sorted_by_step():
     run = record({0: 1.0, 5: 0.8, 10: 0.9, 100: 0.7}, best=100)
     shuffled = run | {"holdout": dict(sorted(run["holdout"].items(), reverse=True))}
     assert repr(report.gain(shuffled)) == repr(report.gain(run)) and report.overfitting(shuffled).endswith("step 100.")
 
 
 @pytest.mark.parametrize("pictures, noise", [(4, 0.1), (8, 0.05), (36, 0.2)])
-def test_overfitting_seldom_cries_wolf_on_flat_noisy_curves(pictures, noise, monkeypatch):
+def test_overfitting_gives_few_false_alarms_on_flat_noisy_curves(pictures, noise, monkeypatch):
     monkeypatch.setattr(metrics, "mean", lambda v: metrics.Figure(float(np.mean(v)), 0, 0, len(v)))  # no bootstrap
     rng, alarms = np.random.default_rng(1), 0
     levels = rng.lognormal(0, 0.4, (pictures, 1))
@@ -170,5 +170,5 @@ def test_json_holds_figures_and_arrays_and_reads_back(tmp_path):
 
 
 def test_importing_report_needs_no_matplotlib():
-    code = "import sys; import naruto_lora.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys; import naruto_lora.show.report; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,4 +1,4 @@
-"""The executed copies that readers see: made small, and of the current sources."""
+"""The executed copies for readers: small, and made from the current notebooks."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ def source():
 
 
 def ran(book, folder):
-    """`book` as papermill leaves it, with a picture, a slider and a widget."""
+    """`book` as papermill writes it, with a picture, a slider and a widget."""
     new = nbformat.v4.new_output
     page = f'<img src="data:image/png;base64,{encoded((900, 300))}"> in {folder}'
     injected = nbformat.v4.new_code_cell(f'# Parameters\nruns = "{folder}"', metadata={"tags": ["injected-parameters"]})
@@ -52,7 +52,7 @@ def sizes(text):
     return [Image.open(io.BytesIO(base64.b64decode(a or b))).size for a, b in found]
 
 
-def test_a_copy_is_small_and_says_nothing_of_the_machine(source, tmp_path):
+def test_a_copy_is_small_and_has_no_paths_of_the_machine(source, tmp_path):
     before = executed.sources(source)
     places = {str(tmp_path): "runs"}
     copy = executed.keep(ran(source, tmp_path), tmp_path / "out" / "copy.ipynb", "on a toaster", places)
@@ -64,7 +64,7 @@ def test_a_copy_is_small_and_says_nothing_of_the_machine(source, tmp_path):
     assert executed.sources(book) == before
 
 
-def test_a_copy_takes_new_text_but_no_new_code(source, tmp_path):
+def test_a_copy_accepts_new_text_but_no_new_code(source, tmp_path):
     copy = executed.keep(ran(source, tmp_path), tmp_path / "out" / "copy.ipynb", "on a toaster", {})
     current = nbformat.v4.new_notebook(cells=[cell.copy() for cell in executed.own(source)])
     current.cells[0].source, file = "# Better title", tmp_path / "current.ipynb"
@@ -88,17 +88,17 @@ def test_a_failed_run_is_not_kept(source, tmp_path):
 
 
 def test_each_notebook_has_its_copy():
-    assert {path.stem for path in COPIES} >= set(NOTEBOOKS), "remake them: bash colab_setup.sh run --executed"
+    assert {path.stem for path in COPIES} >= set(NOTEBOOKS), "create them: bash colab_setup.sh run --executed"
 
 
 @pytest.mark.parametrize("path", COPIES, ids=lambda path: path.stem)
-def test_a_copy_is_of_the_current_source_and_fit_to_read(path):
+def test_a_copy_matches_the_current_notebook_and_is_readable(path):
     text, book = path.read_text(), nbformat.read(path, 4)
     nbformat.validate(book)
     name = next(name for name in NOTEBOOKS if path.stem.startswith(name))
     assert executed.sources(book) == executed.sources(nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)), (
-        "remake the copies: bash colab_setup.sh run --executed (at full size: tests/benchmarks/notebooks.py --keep), "
-        "or after new text alone: python -m naruto_lora.tiny.executed"
+        "update the copies: bash colab_setup.sh run --executed (at full size: tests/benchmarks/notebooks.py --keep), "
+        "or if only the text is new: python -m naruto_lora.tiny.executed"
     )
     assert path.stat().st_size < 1.5e6
     assert sizes(text) and all(max(size) <= executed.SIDE for size in sizes(text))

@@ -1,4 +1,4 @@
-"""The judge: sharp on drawings that it has not seen, and on what the VAE leaves of them."""
+"""The judge: accurate on drawings that it has not seen, also after a round trip through the VAE."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_every_attribute_survives_the_vae(kind):
     assert min(result["by_attribute"].values()) >= 0.97, result["by_attribute"]
 
 
-def test_a_wrong_prompt_costs_its_share():
+def test_a_wrong_attribute_lowers_the_score_by_its_share():
     prompts, pictures = drawings("ordinary", 8)
     classes = world.ATTRIBUTES["background"]
     for prompt in prompts:
@@ -61,7 +61,7 @@ def test_a_wrong_prompt_costs_its_share():
     assert result["attributes"].max() <= 7 / 8
 
 
-def test_shapes_and_refusals_without_weights():
+def test_shapes_and_errors_without_weights():
     reader = judge.Judge().eval()
     attributes, style = judge.split(reader(torch.zeros(2, 3, 64, 64)))
     assert [a.shape[1] for a in attributes] == [len(classes) for classes in world.ATTRIBUTES.values()]

@@ -24,7 +24,7 @@ def portrait(style=world.STYLE, size=64, **changed):
 
 
 def only(words, choices):
-    """The one choice that has all of its words in `words`; more words win over fewer."""
+    """The one choice with all of its words in `words`; longer phrases win over shorter ones."""
     found = [(len(phrase), choice) for choice, phrases in choices.items() for phrase in phrases
              if all(word in words for word in phrase)]
     best = {choice for size, choice in found if size == max(found)[0]}
@@ -33,7 +33,7 @@ def only(words, choices):
 
 
 def read_caption(text):
-    """Tell every attribute from the words alone, without the tables that the captions were made from."""
+    """Read every attribute from the words, without the tables that the captions were made from."""
     words = re.findall(r"\w+", text.replace("bright ", "").replace("blonde", "blond").replace("grey", "gray")
                        .replace("violet", "purple").replace("full beard", "beard"))
     line = " ".join(words)
@@ -78,7 +78,7 @@ def test_shapes_are_the_same_for_the_same_seed():
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("name", world.ATTRIBUTES)
-def test_every_class_shows_even_at_a_quarter_of_the_size(name, style):
+def test_every_class_is_visible_even_at_a_quarter_of_the_size(name, style):
     views = {one: np.asarray(Image.fromarray(portrait(style, **{name: one})).reduce(4), int)
              for one in world.ATTRIBUTES[name]}
     for one, other in itertools.combinations(views, 2):
@@ -93,7 +93,7 @@ def test_the_style_to_learn_has_far_more_ink_than_any_ordinary_one():
     assert dark[world.STYLE] > 1.5 * max(dark[style] for style in world.ORDINARY)
 
 
-def test_captions_tell_every_attribute_and_never_the_style():
+def test_captions_name_every_attribute_and_never_the_style():
     prompts = world.prompts(1500, 4)
     assert prompts == world.prompts(1500, 4)
     assert len({prompt["text"] for prompt in prompts}) > 1450
@@ -126,7 +126,7 @@ def test_dataset_is_complete_and_its_bytes_are_fixed(tmp_path):
     assert not {row["text"] for row in rows} & {prompt["text"] for prompt in world.prompts(300, 3)}
 
 
-def test_a_finished_folder_is_left_and_any_other_is_drawn_anew(tmp_path):
+def test_a_complete_folder_is_kept_and_any_other_is_drawn_again(tmp_path):
     folder = world.write_dataset(tmp_path, count=5)
     whole = contents(folder)
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}

@@ -1,4 +1,4 @@
-"""Whatever is wrong: one clear sentence that names the thing and the mend, before anything is trained."""
+"""Whatever is wrong: one clear sentence with its name and the fix, before any training."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def sentence(caught) -> str:
 
 
 class Folder:
-    """Two good pictures of noise with captions, then spoilt."""
+    """Two good pictures of noise with captions; each method below spoils something."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -90,7 +90,7 @@ class Folder:
         ("null", ValueError, ("caption of 'b.jpg' is empty",)),
         ("number", ValueError, ("caption of 'b.jpg' is not text but 5",)),
         ("other_encoding", ValueError, ("b.txt' is not in UTF-8",)),
-        ("absent", ValueError, ("names 'b.jpg', which is not there", "drop the line")),
+        ("absent", ValueError, ("names 'b.jpg', which is not there", "remove the line")),
         ("broken", ValueError, ("line 2 of", "metadata.jsonl", "'file_name' and 'text'")),
         ("other_names", ValueError, ("line 2 of", "'file_name' and 'text'")),
         ("list_line", ValueError, ("line 2 of", "'file_name' and 'text'")),
@@ -113,15 +113,15 @@ def test_a_missing_folder(dataset):
 
 
 def test_no_data_set_at_all():
-    with pytest.raises(FileNotFoundError, match="no data set is named; give a folder") as caught:
+    with pytest.raises(FileNotFoundError, match="`dataset` is empty; set it to a folder") as caught:
         data.load("")
     assert sentence(caught)
 
 
-def test_a_data_set_that_the_hub_can_not_give():
-    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is neither a folder here nor") as caught:
+def test_a_data_set_that_is_not_on_the_hub():
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here, and can't be downl") as caught:
         data.load("nobody/nothing")
-    assert "check the name and the network" in sentence(caught)
+    assert "downloaded from the hub" in str(caught.value) and "check the name and the network" in sentence(caught)
 
 
 def test_parquet_without_captions(tmp_path, monkeypatch):
@@ -135,11 +135,11 @@ def test_parquet_without_captions(tmp_path, monkeypatch):
     sentence(caught)
 
 
-def test_a_picture_that_goes_while_we_work(tmp_path):
+def test_a_picture_that_disappears_later(tmp_path):
     folder = Folder(tmp_path / "set")
     examples = data.load(folder.path)
     folder.absent()
-    with pytest.raises(FileNotFoundError, match="b.jpg' has gone") as caught:
+    with pytest.raises(FileNotFoundError, match="b.jpg' is gone; restore it") as caught:
         examples[1].image()
     sentence(caught)
 
@@ -164,14 +164,14 @@ LEGS = ({"until": 300, "lr": 1e-4},)
         ({"legs": []}, "has no legs"),
         ({"legs": [*LEGS, {"until": 300, "lr": 1e-5}]}, "must end after step 300"),
         ({"legs": [{"until": 3, "lr": 0}]}, "must be above 0"),
-        ({"legs": [{"until": 3, "lr": 1, "schedule": "linear"}]}, "'linear' is unknown: take constant or cosine"),
-        ({"resolution": 100}, "resolution 100 is not divisible by 8: take 96 or 104"),
+        ({"legs": [{"until": 3, "lr": 1, "schedule": "linear"}]}, "'linear' is unknown: use constant or cosine"),
+        ({"resolution": 100}, "resolution 100 is not divisible by 8: use 96 or 104"),
         ({"resolution": 0}, "resolution must be a whole number above 0"),
         ({"batch": 1.5}, "batch must be a whole number above 0, not 1.5"),
         ({"rank": -4}, "rank must be a whole number above 0"),
         ({"alpha": 0}, "alpha must be above 0"),
-        ({"caption_dropout": 1}, "caption_dropout is a share"),
-        ({"holdout": -0.1}, "holdout is a share"),
+        ({"caption_dropout": 1}, "caption_dropout must be from 0 to below 1, not 1"),
+        ({"holdout": -0.1}, "holdout must be from 0 to below 1, not -0.1"),
         ({"precision": "bf16"}, "precision must be fp16 or fp32"),
         ({"legs": [{"until": "many", "lr": 1e-4}]}, "until must be a whole number"),
         ({"legs": [{"until": 3, "lr": "fast"}]}, "lr must be a number"),
@@ -184,8 +184,8 @@ LEGS = ({"until": 300, "lr": 1e-4},)
         ({"name": "pytorch_lora_weights"}, "can't name a file"),
         ({"flip": 1}, "flip must be true or false, not 1"),
         ({"measure_every": 0}, "measure_every must be a whole number above 0"),
-        ({"previews": -1}, "previews must be a whole number from 0"),
-        ({"max_minutes": -5}, "max_minutes must be minutes from 0, not -5"),
+        ({"previews": -1}, "previews must be a whole number, 0 or more, not -1"),
+        ({"max_minutes": -5}, "max_minutes must be 0 or more, not -5"),
     ],
 )
 def test_recipe_fields(tmp_path, changes, named):
@@ -202,7 +202,7 @@ def test_recipe_names_and_files(tmp_path):
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "short.json").write_text('{"name": "x"}')
     for source, kind, named in (
-        ("naruto-512", ValueError, "no recipe is called 'naruto-512'; take one of naruto-1024, naruto-256"),
+        ("naruto-512", ValueError, "no recipe is called 'naruto-512'; choose one of naruto-1024, naruto-256"),
         ("missing.json", FileNotFoundError, "'missing.json' does not exist"),
         (tmp_path / "broken.json", ValueError, "can't be read"),
         (tmp_path / "broken.toml", ValueError, "can't be read"),
@@ -217,7 +217,7 @@ def test_recipe_names_and_files(tmp_path):
 
 
 class Base:
-    """A copy of the base's configs (no weights: a wrong base is refused before any is read)."""
+    """A copy of the base's configs (no weights: a wrong base is refused before they are read)."""
 
     def __init__(self, base: str, path: Path):
         self.path = path
@@ -234,7 +234,7 @@ class Base:
     "name, values, named",
     [
         ("model_index.json", {"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline, not"),
-        ("model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"}, "take an SDXL base model"),
+        ("model_index.json", {"_class_name": "StableDiffusionXLInpaintPipeline"}, "choose an SDXL base model"),
         ("unet/config.json", {"addition_embed_type": None}, "no size conditioning, so it is not SDXL Base"),
         ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}, "predicts 'v_prediction'"),
     ],
@@ -252,8 +252,8 @@ def test_the_wrong_kind_of_base(base, tmp_path, name, values, named):
 def test_a_base_that_is_not_there(base, tmp_path):
     for source, kind, named in (
         (str(tmp_path), ValueError, "is not a diffusers model: it has no model_index.json"),
-        ("nobody/nothing", FileNotFoundError, "'nobody/nothing' is neither a folder here nor to be had from the hub"),
-        ("/no/such/base", FileNotFoundError, "'/no/such/base' is neither a folder here nor"),
+        ("nobody/nothing", FileNotFoundError, "'nobody/nothing' is no folder here, and can't be downloaded from the"),
+        ("/no/such/base", FileNotFoundError, "'/no/such/base' is no folder here, and can't be downloaded"),
     ):
         with pytest.raises(kind) as caught:
             models.check_base(source)
@@ -280,10 +280,10 @@ def test_an_output_folder_that_can_not_be_written(plan, tmp_path):
         assert sentence(caught).endswith("choose another")
 
 
-def test_a_vae_that_is_none(plan, base, tmp_path):
+def test_the_wrong_kind_of_vae(plan, base, tmp_path):
     for vae, kind, named in (
         (str(tmp_path), ValueError, "is not a VAE: it has no config.json"),
-        ("nobody/nothing", FileNotFoundError, "'nobody/nothing' is neither a folder here nor"),
+        ("nobody/nothing", FileNotFoundError, "'nobody/nothing' is no folder here, and can't be downloaded"),
     ):
         with pytest.raises(kind, match=named) as caught:
             train.begin(plan.replace(vae=vae), tmp_path / "run")
@@ -297,7 +297,7 @@ def test_a_run_that_is_past_the_recipe(plan, trained):
     assert "\n" not in str(caught.value)
 
 
-def test_data_before_anything_is_made(plan, tmp_path):
+def test_data_is_checked_before_anything_is_written(plan, tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         train.begin(plan.replace(dataset=str(tmp_path / "nowhere")), tmp_path / "run")
     assert not (tmp_path / "cache").exists()
@@ -312,14 +312,15 @@ def test_adapters_and_samplers(pipe, trained, tmp_path):
         (lambda: pipeline.add_adapter(pipe, "new", tmp_path), FileNotFoundError, "no LoRA at"),
         (lambda: pipeline.add_adapter(pipe, "new", tmp_path / "no.safetensors"), FileNotFoundError, "no LoRA at"),
         (lambda: pipeline.add_adapter(pipe, "new", tmp_path / "broken.safetensors"), ValueError, "is broken or"),
-        (lambda: pipeline.add_adapter(pipe, "new", other), ValueError, "for another base; take one of this base"),
+        (lambda: pipeline.add_adapter(pipe, "new", other), ValueError, "for another base; use one for this base"),
         (lambda: pipeline.add_adapter(pipe, "base", trained.folder), ValueError, "'base' can't name an adapter"),
         (lambda: pipeline.add_adapter(pipe, "my.lora", trained.folder), ValueError, "'my.lora' can't name an adapter"),
         (lambda: pipeline.use_adapter(pipe, "stile"), ValueError, "called 'stile'; loaded are base, style"),
-        (lambda: pipeline.add_adapter(pipe, "style", other), ValueError, "called 'style' already; take another name"),
-        (lambda: pipeline.use_adapter(pipe, "style", 2), ValueError, "can't have weight 2; take one from 0 to 1.5"),
-        (lambda: pipeline.set_scheduler(pipe, "heun"), ValueError, "no scheduler is called 'heun'; take one of euler,"),
-        (lambda: pipeline.draw(pipe, ["x"], resolution=100), ValueError, "100 is not divisible by 8; take 96"),
+        (lambda: pipeline.add_adapter(pipe, "style", other), ValueError, "already called 'style'; choose another name"),
+        (lambda: pipeline.use_adapter(pipe, "style", 2), ValueError, "can't have weight 2; choose one from 0 to 1.5"),
+        (lambda: pipeline.set_scheduler(pipe, "heun"), ValueError,
+         "no scheduler is called 'heun'; choose one of euler,"),
+        (lambda: pipeline.draw(pipe, ["x"], resolution=100), ValueError, "100 is not divisible by 8; use 96"),
         (lambda: pipeline.draw(pipe, ["x"], [1, 2], resolution=32), ValueError,
          "1 prompts need as many seeds, or one for all, not 2"),
     ):

@@ -1,4 +1,4 @@
-"""What the benchmarks reckon: a T4's time by the model, and the README's tables from the results."""
+"""What the benchmarks calculate: a T4's modelled time, and the README's tables from the results."""
 
 import math
 
@@ -12,7 +12,7 @@ HALF, FLOAT = "c10::Half", "float"
 
 
 def op(name, *arguments, ms=1.0, **extra):
-    """An op as the profiler's trace has it; arguments are (shape, dtype) or text."""
+    """An op as in the profiler's trace; arguments are (shape, dtype) or text."""
     tensors = [a if isinstance(a, tuple) else ([], "Scalar") for a in arguments]
     event = {"name": name, "args": {
         "External id": 7, "Input Dims": [shape for shape, _ in tensors], "Input type": [kind for _, kind in tensors],
@@ -63,14 +63,14 @@ def test_flops_and_bytes_by_hand(found, kind, work, volume):
     assert t4.moved(found) == volume
 
 
-def test_a_triton_kernel_that_writes_in_place_moves_that_twice(tmp_path):
+def test_a_triton_kernel_that_writes_in_place_moves_the_tensor_twice(tmp_path):
     file = tmp_path / "kernel.py"
     file.write_text("@jit\ndef triton_poi_0(in_out_ptr0, in_ptr0, xnumel, XBLOCK : tl.constexpr):\n    pass\n")
     found = op("triton_poi_0", half(2, 6), half(6), "12", **{"kernel_file": str(file)})
     assert t4.moved(found) == 24 + 12 + 24
 
 
-def test_an_op_takes_its_arithmetic_or_its_memory_whichever_is_longer():
+def test_an_op_takes_the_longer_of_its_arithmetic_and_its_memory_traffic():
     large, thin = op("aten::mm", half(4096, 4096), half(4096, 4096)), op("aten::mm", half(4096, 4096), half(4096, 16))
     exact = op("aten::mm", ([4096, 4096], FLOAT), ([4096, 4096], FLOAT))
     assert t4.modelled(large) == ("linear", pytest.approx(1000 * 2 * 4096**3 / t4.RATES["linear"]))
@@ -78,7 +78,7 @@ def test_an_op_takes_its_arithmetic_or_its_memory_whichever_is_longer():
     assert t4.modelled(exact) == ("linear", pytest.approx(1000 * 2 * 4096**3 / t4.FP32))
 
 
-def test_a_kernel_that_names_no_op_belongs_to_the_innermost_one_around_its_launch():
+def test_a_kernel_without_an_op_belongs_to_the_innermost_op_around_its_launch():
     called = [
         {"ph": "X", "cat": "cpu_op", "name": name, "tid": 1, "ts": ts, "dur": dur, "args": {
             "External id": number, "Input Dims": [[4]], "Input type": [HALF], "Concrete Inputs": [""]}}
@@ -90,15 +90,15 @@ def test_a_kernel_that_names_no_op_belongs_to_the_innermost_one_around_its_launc
     assert found.name == "aten::exp"
 
 
-def test_kernels_whose_op_is_not_named_count_by_their_time():
+def test_kernels_of_unknown_ops_count_by_their_time():
     kernels = [{"ph": "X", "cat": "kernel", "dur": 3000, "args": {"External id": 9}}] * 2
     figures = t4.summary({"traceEvents": kernels}, steps=2)
     assert (figures["gpu_ms"], figures["launches"], figures["unknown_gpu_ms"]) == (3, 1, 3)
     assert figures["t4_ms"] == pytest.approx(3 * t4.CARD_BANDWIDTH / t4.BANDWIDTH)
 
 
-def test_a_real_steps_flops_are_those_that_pytorch_counts(base, encoded, tmp_path):
-    """The U-Net with LoRA, forward and back, on the CPU; each op that multiplies gets a kernel in the trace."""
+def test_a_real_steps_flops_equal_pytorchs_count(base, encoded, tmp_path):
+    """The U-Net with LoRA, forward and backward, on the CPU; each op that multiplies gets a kernel in the trace."""
     from torch.utils.flop_counter import FlopCounterMode
 
     unet = models.load_unet(base, torch.float32, torch.device("cpu"))
@@ -143,6 +143,20 @@ def test_the_ladder_compares_with_the_stock_script_under_the_same_attention():
     assert fast[headings.index("GPU work") + 1] == "0.25"
 
 
-def test_the_readmes_tables_are_what_the_results_give():
+def test_the_front_page_names_both_anchors_and_the_share_of_each():
+    times = {"naruto-1024": (3000, 2000, 1000), "naruto-256": (2000, 1000, 500)}
+    variants = (*ladder.ANCHORS, ladder.OURS)
+    rows = [
+        row(variant, mode, t4_ms=str(ms), reserved_gib="9", device="a GPU", torch="2") | {"recipe": name}
+        for name, found in times.items() for variant, ms in zip(variants, found, strict=True)
+        for mode in ("own", "T4-like")
+    ]  # fmt: skip
+    sentence, table, note = ladder.short(rows).split("\n\n")
+    assert "takes 0.33 of the time" in sentence and "and 0.50 of the time of the same script run with care" in sentence
+    assert sentence.endswith("it is 0.25 and 0.50.") and "modelled, not measured" in note
+    assert table.splitlines()[-1] == "| naruto_lora | 1,000 ms | 9.0 | 500 ms | 9.0 |"
+
+
+def test_the_readmes_tables_match_the_results():
     for file, text in ladder.files().items():
         assert file.read_text(encoding="utf-8") == text, f"run python tests/benchmarks/ladder.py: {file} is behind"

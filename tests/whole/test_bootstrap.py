@@ -1,4 +1,4 @@
-"""The notebooks' first code cell, which can't import the package before it has found it."""
+"""The notebooks' set-up cell, which has to find the package before it can import it."""
 
 import importlib.util
 import io
@@ -20,7 +20,7 @@ PAGE = "https://github.com/some-one/naruto.lora/blob/main/notebooks/02_train_256
 
 
 class Machine:
-    """A Colab-like machine without naruto_lora: `content` stands for /content; commands are noted, not run."""
+    """A Colab-like machine without naruto_lora: `content` replaces /content; commands are recorded, not run."""
 
     def __init__(self, content: Path):
         self.content, self.commands, self.fails, self.asked = content, [], "", 0
@@ -55,7 +55,7 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def sessions(machine, monkeypatch):
-    """`sessions(path, ...)`: what the kernel's session list says that its notebooks were opened from."""
+    """`sessions(path, ...)` sets the kernel's session list: the pages that its notebooks were opened from."""
     monkeypatch.setenv("COLAB_JUPYTER_IP", "172.28.0.12")
 
     def say(*paths):
@@ -72,13 +72,13 @@ def opened(page: str) -> str:
     return "fileId=" + urllib.parse.quote(page, safe="")
 
 
-def test_a_checkout_above_is_taken_as_it_is(machine, monkeypatch):
+def test_a_checkout_above_the_notebook_is_used_as_it_is(machine, monkeypatch):
     monkeypatch.chdir(ROOT / "notebooks")
     machine.cell()
     assert machine.commands == [] and sys.path[0] == str(ROOT)
 
 
-def test_an_installed_package_is_taken_as_it_is(machine, monkeypatch):
+def test_an_installed_package_is_used_as_it_is(machine, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     before = list(sys.path)
     machine.cell()
@@ -93,7 +93,7 @@ def test_it_is_fetched_from_the_page_that_the_notebook_was_opened_from(machine, 
     there = str(machine.content / "naruto_lora")
     assert machine.commands[-1] == ["bash", f"{there}/colab_setup.sh"] and sys.path[0] == there
     machine.commands.clear()
-    machine.cell()  # a second time: nothing but the look at what is missing
+    machine.cell()  # the second time only the check of what is missing
     assert machine.commands == [["bash", f"{there}/colab_setup.sh"]]
 
 
@@ -118,21 +118,21 @@ def test_a_branch_with_a_slash_and_a_commit(machine, sessions):
         "1AbCdEf",  # a copy on Drive
     ],
 )
-def test_nothing_but_a_plain_github_page_counts(machine, sessions, page):
+def test_only_a_plain_github_page_is_accepted(machine, sessions, page):
     sessions(opened(page))
     with pytest.raises(RuntimeError, match="naruto_lora is not here: set `repo`"):
         machine.cell()
     assert machine.commands == []
 
 
-def test_two_pages_are_one_too_many(machine, sessions):
+def test_two_different_pages_are_refused(machine, sessions):
     sessions(opened(PAGE), opened(PAGE.replace("some-one", "another")))
     with pytest.raises(RuntimeError, match="set `repo`"):
         machine.cell()
 
 
 @pytest.mark.parametrize("answer", [b"not json", b"{}", b'["x"]'])
-def test_a_kernel_that_does_not_say_is_no_failure_of_its_own(machine, sessions, monkeypatch, answer):
+def test_a_kernel_without_a_session_list_asks_for_the_repo(machine, sessions, monkeypatch, answer):
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: io.BytesIO(answer))
     with pytest.raises(RuntimeError, match="set `repo`"):
         machine.cell()
@@ -145,13 +145,13 @@ def test_a_kernel_that_does_not_say_is_no_failure_of_its_own(machine, sessions, 
     assert machine.fetched() == [["https://example.org/mine.git", "HEAD"]]
 
 
-def test_what_the_form_says_goes_before_the_page(machine, sessions):
+def test_the_forms_repo_comes_before_the_page(machine, sessions):
     sessions(opened(PAGE))
     machine.cell("https://example.org/mine.git")
     assert machine.fetched() == [["https://example.org/mine.git", "HEAD"]]
 
 
-def test_a_failure_of_git_is_shown_and_tried_again_the_next_time(machine, capsys):
+def test_a_failure_of_git_is_shown_and_the_next_run_tries_again(machine, capsys):
     machine.fails = "fetch"
     with pytest.raises(subprocess.CalledProcessError):
         machine.cell("https://example.org/mine.git")
@@ -161,8 +161,8 @@ def test_a_failure_of_git_is_shown_and_tried_again_the_next_time(machine, capsys
     assert len(machine.fetched()) == 2 and sys.path[0] == str(machine.content / "naruto_lora")
 
 
-def test_for_real_from_a_git_address(tmp_path):
-    """git itself, twice."""
+def test_a_real_fetch_from_a_git_address(tmp_path):
+    """Runs git itself, twice."""
     source, content = tmp_path / "source", tmp_path / "content"
     content.mkdir()
     for name in ("colab_setup.sh", "requirements.txt", "naruto_lora/__init__.py"):

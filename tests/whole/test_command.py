@@ -1,4 +1,4 @@
-"""`python -m naruto_lora`: its verbs, its help, its exit statuses; and the front door in Python."""
+"""`python -m naruto_lora`: its verbs, help and exit statuses; and the package's names in Python."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from naruto_lora import gallery, lora
 from naruto_lora.recipe import Leg
 
 
-def test_train_trains_as_a_command(plan, tmp_path):
+def test_the_command_trains(plan, tmp_path):
     file = tmp_path / "plan.json"
     file.write_text(plan.replace(legs=(Leg(1, 1e-3),)).to_json())
     result = subprocess.run(
@@ -24,7 +24,7 @@ def test_train_trains_as_a_command(plan, tmp_path):
     assert (tmp_path / "run" / lora.FILE).is_file()
 
 
-def test_trains_options_are_the_forms(plan, tmp_path, monkeypatch):
+def test_the_commands_options_are_those_of_the_form(plan, tmp_path, monkeypatch):
     seen, train = [], sys.modules["naruto_lora.train"]
     monkeypatch.setattr(train, "train", lambda *given, **named: seen.append((given, named)) or {"adapter": "there"})
     options = ["--dataset", "my.zip", "--vae", "", "--rank", "8", "--legs", "9 1e-3", "--steps", "4",
@@ -36,15 +36,15 @@ def test_trains_options_are_the_forms(plan, tmp_path, monkeypatch):
     assert out == tmp_path and named["mirror"] == tmp_path / "drive"
 
 
-def test_what_is_wrong_is_one_line(tmp_path, capsys):
+def test_an_error_is_one_line(tmp_path, capsys):
     assert command.main(["train", "naruto-1024", "--out", str(tmp_path)]) == 1
     out, error = capsys.readouterr()
     assert out == "" and error.startswith("stopped: this recipe trains in fp16") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, said", [
-    ([], "there is nothing to draw: give --prompt TEXT or --prompts FILE"),
-    (["--prompt", "a", "--prompt", "b", "--out", "x.png"], "--out 'x.png' is one file for 2 prompts: give a folder"),
+    ([], "there is no prompt to draw: add --prompt TEXT or --prompts FILE"),
+    (["--prompt", "a", "--prompt", "b", "--out", "x.png"], "--out 'x.png' is one file for 2 prompts: use a folder"),
     (["--prompt", "a", "--lora", "runs/mine", "much"], "a path and one strength, such as 'runs/mine 0.8', not ['much'"),
     (["--prompt", "a", "--lora", "runs/none"], "no LoRA at 'runs/none'"),
     (["--prompts", "none.txt"], "there is no file 'none.txt' to read prompts from"),
@@ -61,7 +61,7 @@ def test_draw_draws_one_file_or_a_folder(base, trained, tmp_path, capsys):
     picture = tmp_path / "new" / "x.png"
     assert command.main(["draw", *few, "--prompt", "a smiling woman", "--seed", "3", "--out", str(picture)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(picture)
-    assert Image.open(picture).size == (64, 64)  # what the embedded base was made for
+    assert Image.open(picture).size == (64, 64)  # the embedded base's own resolution
     assert gallery.settings(picture)["seed"] == 3
     folder, prompts = tmp_path / "many", tmp_path / "prompts.txt"
     prompts.write_text("a smiling woman\nan old man\n")
@@ -69,8 +69,8 @@ def test_draw_draws_one_file_or_a_folder(base, trained, tmp_path, capsys):
     assert command.main(["draw", *few, *styled]) == 0
     paths = capsys.readouterr().out.splitlines()[-2:]
     assert sorted(paths) == sorted(map(str, folder.iterdir())) and len(paths) == 2
-    told = gallery.settings(paths[0])
-    assert told["adapters"]["few"]["weight"] == 0.5 and told["prompt"] == "a smiling woman"
+    settings = gallery.settings(paths[0])
+    assert settings["adapters"]["few"]["weight"] == 0.5 and settings["prompt"] == "a smiling woman"
     assert np.abs(np.asarray(Image.open(paths[0]), float) - np.asarray(Image.open(picture), float)).mean() > 1
 
 
@@ -97,7 +97,7 @@ def test_an_unknown_verb_or_option_ends_with_2(capsys):
         assert caught.value.code == 2 and "usage: " in capsys.readouterr().err
 
 
-def test_the_front_door_offers_what_a_script_needs(plan, pipe, tmp_path):
+def test_the_package_offers_what_a_script_needs(plan, pipe, tmp_path):
     assert nl.recipe("naruto-1024", rank=8) == nl.recipe.load("naruto-1024", rank=8)
     assert nl.load is nl.pipeline.load and nl.draw is nl.pipeline.draw and nl.draw_to is gallery.draw_to
     for name in {*nl.OFFERED, *nl.MODULES}:
@@ -108,7 +108,7 @@ def test_the_front_door_offers_what_a_script_needs(plan, pipe, tmp_path):
     assert record["step"] == 1 and (tmp_path / "run" / lora.FILE).is_file()
 
 
-def test_the_front_door_is_the_same_however_it_is_opened(tmp_path):
+def test_the_packages_names_work_in_every_order_of_imports(tmp_path):
     for first in ("import naruto_lora.train, naruto_lora.recipe", "from naruto_lora import train, recipe", "pass"):
         code = f"{first}\nimport naruto_lora as nl\nassert nl.recipe('naruto-256').batch == 12 and callable(nl.train)"
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

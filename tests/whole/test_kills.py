@@ -1,4 +1,4 @@
-"""A machine that is taken away at any moment: whatever was cut short, the LoRA at the end is the unbroken run's."""
+"""Kills at random moments: whatever they interrupt, the final LoRA equals that of an uninterrupted run."""
 
 import random
 import signal
@@ -10,34 +10,34 @@ import pytest
 from naruto_lora import checkpoint, lora, train
 from naruto_lora.recipe import Leg
 
-# Dies by its own hand at the n-th event below whose place has `part` in it, or at a moment of the clock.
+# Kills itself at the n-th call below whose call stack contains `part`, or after some seconds.
 DRIVER = """
 import os, random, signal, sys, threading
 from naruto_lora import cache, checkpoint, files, step, train
 from naruto_lora.measure import validation
 
 plan, out, cache_folder, mirror, part, seed = sys.argv[1:]
-rng, place, count = random.Random(int(seed)), [], [0]
+rng, stack, count = random.Random(int(seed)), [], [0]
 last, seconds = rng.randint(1, 4 if part == "encode" else 30), 3 * rng.random()
 cache.SHARD_ENTRIES = 8
 
 def die():
-    print("/".join(place) or "between", flush=True)
+    print("/".join(stack) or "between", flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 def watched(module, name):
     function = getattr(module, name)
     def call(*arguments, **options):
-        place.append(name)
+        stack.append(name)
         if part == "clock" and not count[0]:
             threading.Timer(seconds, die).start()
-        count[0] += part == "clock" or part in "/".join(place)
+        count[0] += part == "clock" or part in "/".join(stack)
         if part != "clock" and count[0] == last:
             die()
         try:
             return function(*arguments, **options)
         finally:
-            place.pop()
+            stack.pop()
     setattr(module, name, call)
 
 for module, names in (
@@ -53,28 +53,28 @@ for module, names in (
 train.train(plan, out, cache_folder, mirror=mirror)
 os._exit(0)
 """
-PARTS = ("encode", "encode", "save", "clock", "", "fetch")  # "": any event
+PARTS = ("encode", "encode", "save", "clock", "", "fetch")  # "": any call
 
 
 def killed_until_done(plan, folder, kills, seed):
-    """Runs `plan` in `folder` again and again, `kills` times cut short, then to its end; where it died."""
+    """Runs `plan` in `folder` until it was killed `kills` times, then to its end; returns where it was killed."""
     (folder / "drive").mkdir()
     file = folder / "plan.json"
     file.write_text(plan.to_json())
-    rng, died = random.Random(seed), []
+    rng, killed = random.Random(seed), []
     command = [sys.executable, "-c", DRIVER, file, folder / "run", folder / "cache", folder / "drive" / "run"]
-    while len(died) < kills:
-        part = PARTS[len(died)] if len(died) < len(PARTS) else rng.choice(PARTS[2:5])
+    while len(killed) < kills:
+        part = PARTS[len(killed)] if len(killed) < len(PARTS) else rng.choice(PARTS[2:5])
         what = [part, str(rng.randint(0, 10**6))]
         result = subprocess.run([*command, *what], capture_output=True, text=True, timeout=300)
         if result.returncode == -signal.SIGKILL:
-            died.append(result.stdout.splitlines()[-1])
+            killed.append(result.stdout.splitlines()[-1])
         elif result.returncode:
             pytest.fail(result.stderr)
         else:
-            break  # done too early
+            break  # finished before the kill
     train.train(plan, folder / "run", folder / "cache", mirror=folder / "drive" / "run")
-    return died
+    return killed
 
 
 def long_plan(plan, steps):
@@ -87,16 +87,16 @@ def same_files(one, two):
 
 
 @pytest.mark.parametrize("kills, steps", [(3, 10), pytest.param(20, 40, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_ends_as_if_unbroken(plan, tmp_path, kills, steps):
+def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(plan, tmp_path, kills, steps):
     plan = long_plan(plan, steps)
     unbroken = train.train(plan, tmp_path / "unbroken" / "run", tmp_path / "unbroken" / "cache")
     folder = tmp_path / "killed"
     folder.mkdir()
-    died = killed_until_done(plan, folder, kills, seed=kills)
-    print(f"killed {len(died)} times: {', '.join(died)}")
-    assert len(died) == kills
+    killed = killed_until_done(plan, folder, kills, seed=kills)
+    print(f"killed {len(killed)} times: {', '.join(killed)}")
+    assert len(killed) == kills
     for part in ("encode", "save"):
-        assert any(part in place.split("/") for place in died)
+        assert any(part in stack.split("/") for stack in killed)
     assert same_files(folder / "run", tmp_path / "unbroken" / "run")
     assert same_files(folder / "drive" / "run", tmp_path / "unbroken" / "run")
     state = checkpoint.read_state(checkpoint.newest([folder / "run"]))

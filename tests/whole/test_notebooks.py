@@ -56,27 +56,37 @@ def test_the_troubles_are_told_in_the_packages_own_words():
         assert all(word in re.sub(r'\s+f?"', "", package) or word in package for word in words), said
 
 
-def test_the_badge_and_the_links_lead_somewhere():
+def test_a_badge_opens_its_notebook_and_without_a_public_address_there_is_none():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     address = project.get("urls", {}).get("Repository", "").removeprefix("https://github.com/")
+    page = (ROOT / "README.md").read_text()
     for name, book in BOOKS.items():
-        page = f"{address}/blob/main/notebooks/{name}.ipynb" if address else ""  # until there is a public address
-        badge = f"colab-badge.svg)](https://colab.research.google.com/github/{page})"
-        assert badge in book.cells[0].source
-        for cell in book.cells:
-            if cell.cell_type == "markdown":
-                for number in re.findall(r"\*\*(0\d\w*)\*\*", cell.source):
-                    assert any(known.startswith(number) for known in BOOKS), number
-                assert not re.search(r"\]\((?!https://colab)", cell.source), cell.source
+        badge = f"colab-badge.svg)](https://colab.research.google.com/github/{address}/blob/main/notebooks/{name}.ipynb)"
+        (row,) = (line for line in page.splitlines() if f"[{name}](notebooks/{name}.ipynb)" in line)
+        for text in (row, book.cells[0].source):
+            assert badge in text if address else "colab-badge" not in text
+    assert address or "githubtocolab.com" in page  # then the address bar opens it
 
 
-def test_the_readmes_links_exist_and_it_has_a_badge_for_each_notebook():
-    text = (ROOT / "README.md").read_text()
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (ROOT / link).exists(), link
+def test_the_notebooks_links_lead_somewhere():
+    for book in BOOKS.values():
+        for cell in (cell for cell in book.cells if cell.cell_type == "markdown"):
+            for number in re.findall(r"\*\*(0\d\w*)\*\*", cell.source):
+                assert any(known.startswith(number) for known in BOOKS), number
+            assert not re.search(r"\]\((?!https://colab)", cell.source), cell.source
+
+
+@pytest.mark.parametrize("folder", ["", "naruto_lora", "notebooks", "tests/benchmarks"])
+def test_the_pages_links_exist(folder):
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / folder / "README.md").read_text()):
+        assert (ROOT / folder / link).exists(), link
+
+
+def test_the_readme_shows_each_notebook_and_its_finished_example():
+    rows = (ROOT / "README.md").read_text().splitlines()
     for name in BOOKS:
-        (row,) = (line for line in text.splitlines() if f"[{name}](notebooks/{name}.ipynb)" in line)
-        assert "colab-badge.svg" in row and f"(notebooks/executed/{name}.ipynb)" in row
+        (row,) = (row for row in rows if f"[{name}](notebooks/{name}.ipynb)" in row)
+        assert f"(notebooks/executed/{name}.ipynb)" in row
 
 
 @each

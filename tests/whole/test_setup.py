@@ -1,7 +1,7 @@
-"""colab_setup.sh on faked machines: no network, nothing installed.
+"""colab_setup.sh on simulated machines: no network, nothing installed.
 
-Each machine is a PATH with a few real tools and a fake python3 that answers what the script asks:
-`-c` (is it new enough?), `-m venv`, `-m pip` (its arguments are noted), `-m naruto_lora.tiny.run`.
+Each machine is a PATH with a few real tools and a fake python3 that answers the script's calls:
+`-c` (is it new enough?), `-m venv`, `-m pip` (its arguments are recorded), `-m naruto_lora.tiny.run`.
 """
 
 import shutil
@@ -47,7 +47,7 @@ def script(path: Path, text: str) -> None:
 
 
 class Machine:
-    """A copy of the set-up files in a folder with spaces, and the faked machine around it."""
+    """A copy of the set-up files in a folder with spaces, and the simulated machine around it."""
 
     def __init__(self, home: Path):
         self.home, self.bin = home, home / "bin"
@@ -97,7 +97,7 @@ def machine(tmp_path: Path) -> Machine:
 
 @pytest.fixture
 def active(machine: Machine) -> Path:
-    """A virtual environment that the user made."""
+    """A virtual environment that the user created."""
     folder = machine.home / "my environment"
     (folder / "bin").mkdir(parents=True)
     shutil.copy(machine.bin / "python3", folder / "bin" / "python")
@@ -144,7 +144,7 @@ def test_run_installs_once_and_starts_in_the_root(machine):
     assert len(machine.installs()) == 2
 
 
-def test_test_installs_the_extra_which_serves_run_too(machine):
+def test_test_installs_an_extra_and_run_needs_no_second_install(machine):
     assert machine.setup("run").returncode == 0
     done = machine.setup("test", "-k", "no such")
     side_by_side = "--numprocesses|logical|--maxprocesses|4|--dist|loadfile"
@@ -158,7 +158,7 @@ def test_active_environment_is_used(machine, active):
     assert (active / "naruto_lora.stamp").exists() and not (machine.root / ".venv").exists()
 
 
-def test_environment_that_is_gone(machine):
+def test_environment_that_is_missing(machine):
     gone = machine.home / "gone"
     assert "unset VIRTUAL_ENV" in sentence(machine.setup("run", VIRTUAL_ENV=str(gone)))
 
@@ -250,7 +250,7 @@ def test_colab_a_second_time(colab):
     assert colab.pip_calls() == [] and done.stdout.splitlines() == ["This Colab machine is ready."]
 
 
-def test_colab_with_an_image_that_is_too_old_is_told_and_left_alone(colab):
+def test_colab_image_that_is_too_old_is_reported_and_not_changed(colab):
     shutil.rmtree(next((colab.home / "site").glob("peft-*.dist-info")))
     colab.has("peft", "0.18.9")
     colab.has("bitsandbytes", "0.50.2")
@@ -266,7 +266,7 @@ def test_colab_registry_not_reached(colab):
     assert "can't be reached" in sentence(colab.setup(COLAB_RELEASE_TAG="release", **trouble))
 
 
-def test_run_on_colab_holds_every_version(colab):
+def test_run_on_colab_keeps_every_version(colab):
     done = colab.setup("run", COLAB_RELEASE_TAG="release")
     assert done.returncode == 0, done
     assert "--constraint" in colab.installs()[-1]

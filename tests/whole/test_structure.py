@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import naruto_lora
 PACKAGE = Path(naruto_lora.__file__).parent
 ROOT = PACKAGE.parent
 WINGS = sorted(path.parent for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "tiny")
-LINTER = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(cache_dir=None))"
+LINTER = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True))"
 
 
 def lint(folder):
@@ -93,3 +94,24 @@ def test_the_front_door_knows_every_module_and_room():
 def test_tests_sit_in_folders_like_the_rooms():
     folders = {path.parent.name for path in (ROOT / "tests").rglob("test_*.py")} - {"tests", "whole"}
     assert folders == {wing.name for wing in WINGS} | {"tiny"}
+
+
+def test_the_map_is_the_house():
+    """naruto_lora/README.md names every module of the ground floor and every wing, once, and nothing else."""
+    text = (PACKAGE / "README.md").read_text()
+    rows = re.findall(r"^\| (`[^|]+`) \|", text, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+/?)`", row)]
+    modules = [path.stem for path in PACKAGE.glob("*.py") if not path.stem.startswith("__")]
+    assert sorted(named) == sorted([*modules, *(f"{wing.name}/" for wing in WINGS), "tiny/"])
+    (order,) = re.findall(r"^A room imports only what stands below it: (.*)\. Nothing imports `tiny/`", text, re.M)
+    drawn = [set(re.findall(r"[\w/]+", level)) for level in order.split(" · ")]
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    held = [set(re.findall(r"\w+", layer)) for layer in reversed(layers) if layer not in ("tiny", "__main__")]
+    held = [held[0] | held[1], *held[2:]]  # the small tools, which the map names together
+    assert [{name.strip("/") for name in level} for level in drawn] == held
+
+
+def test_the_picture_of_the_data_flow_is_the_same_in_both_readmes():
+    flows = [re.search(r"```\n(recipe ─►.*?)```", path.read_text(), re.DOTALL)[1]
+             for path in (ROOT / "README.md", PACKAGE / "README.md")]
+    assert flows[0] == flows[1]

@@ -24,13 +24,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"a rea
 CELLS = ['''
 import time
 from PIL import Image
-from naruto_lora.ballot import BlindVote
-from naruto_lora.votes import Votes
-from naruto_lora.widget import PromptComparer
+from naruto_lora.widgets.ballot import BlindVote
+from naruto_lora.widgets.comparer import PromptComparer
+from naruto_lora.widgets.votes import Votes
 
 COLOURS = {"base": "red", "style": "blue"}
 
-def draw(pipe, prompts, seeds, weights, show, stop, steps, **look):
+def draw(pipe, prompts, seeds, weights, show, stop, steps, **settings):
     for step in range(steps):
         time.sleep(0.05)
         show("drawing", step + 1, steps)
@@ -48,7 +48,7 @@ BlindVote(Votes("votes.jsonl", drawn, [f"prompt {k}" for k in range(6)], ("base"
 
 @pytest.fixture
 def lab(tmp_path):
-    """The address of a JupyterLab that serves one notebook of both widgets."""
+    """The address of a JupyterLab that serves one notebook with both widgets."""
     cells = [nbformat.v4.new_code_cell(source.strip()) for source in CELLS]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "try.ipynb")
@@ -82,13 +82,13 @@ def wait_for(address, server):
 
 def run_all(page):
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
-    page.wait_for_selector("#jp-main-statusbar:has-text('Idle')", timeout=60_000)  # before that it runs nothing
+    page.wait_for_selector("#jp-main-statusbar:has-text('Idle')", timeout=60_000)  # it runs nothing before that
     page.locator(".lm-MenuBar-item:has-text('Run')").click()
     page.click(".lm-Menu-item:has-text('Run All Cells')")
     page.wait_for_selector("button:has-text('left (1)')", timeout=60_000)
 
 
-def test_generate_stop_slide_vote_and_find_the_votes_again(lab):
+def test_generate_stop_slide_vote_and_reload_the_votes(lab):
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as playwright:
@@ -101,6 +101,9 @@ def test_generate_stop_slide_vote_and_find_the_votes_again(lab):
         generate, stop = (page.locator(f"button:has-text('{text}')").first for text in ("Generate", "Stop"))
 
         page.locator("textarea:visible").first.fill("a prompt of my own")
+        for label in ("sampler", "strength", "zoom"):
+            expect(page.locator(f"label:has-text('{label}')").first).to_be_visible()
+        expect(page.locator("button:has-text('next suggestion')")).to_be_visible()
         generate.click()
         expect(said).to_contain_text("drawing base (1 of 2)")
         expect(generate).to_be_disabled()

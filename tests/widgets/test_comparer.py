@@ -1,4 +1,4 @@
-"""The widgets without a kernel, on ipywidgets 7.7 and 8 alike: values set, buttons clicked, states looked at."""
+"""The widgets without a kernel, on ipywidgets 7.7 and 8: tests set values, click buttons and check the state."""
 
 import json
 import random
@@ -19,7 +19,7 @@ COLOURS = {"base": "red", "low": "lime", "high": "blue"}
 
 
 class Draw:
-    """Stands for `pipeline.draw`: plain pictures, denoising steps that wait where a test holds them."""
+    """Replaces `pipeline.draw`: plain pictures; its denoising steps wait while a test clears `go`."""
 
     def __init__(self):
         self.calls, self.go, self.at, self.error = [], threading.Event(), threading.Event(), None
@@ -58,8 +58,8 @@ def generate(comparer):
     assert not comparer.running
 
 
-def test_generate_draws_each_model_and_shows_and_keeps_them(comparer, draw, tmp_path):
-    comparer.seed.value, comparer.scales["small"].value = 5, 0.5
+def test_generate_draws_with_each_model_then_shows_and_saves_the_pictures(comparer, draw, tmp_path):
+    comparer.seed.value, comparer.strengths["small"].value = 5, 0.5
     generate(comparer)
     assert [call[:5] for call in draw.calls] == [("a <b> prompt", 5, name, scale, 3) for name, scale in
                                                  (("base", 1), ("low", 0.5), ("high", 1))]
@@ -72,11 +72,16 @@ def test_generate_draws_each_model_and_shows_and_keeps_them(comparer, draw, tmp_
     assert len(list(tmp_path.glob("*.png"))) == 3 and len(comparer.viewer.history.options) == 1
 
 
-def test_two_clicks_start_one_run_and_nothing_can_be_changed_meanwhile(comparer, draw):
+def test_the_labels_are_those_of_other_programs(comparer):
+    assert comparer.sampler.description == "sampler" and comparer.strengths["small"].description == "strength"
+    assert comparer.next_prompt.description == "next suggestion" and comparer.viewer.zoom.description == "zoom"
+
+
+def test_two_clicks_start_one_run_and_no_setting_can_be_changed_while_it_draws(comparer, draw):
     draw.go.clear()
     comparer.generate.click()
     assert draw.at.wait(20) and comparer.generate.disabled and not comparer.stop.disabled
-    assert all(p.disabled for p in (comparer.prompt, comparer.seed, comparer.next_seed, comparer.scales["small"]))
+    assert all(p.disabled for p in (comparer.prompt, comparer.seed, comparer.next_seed, comparer.strengths["small"]))
     comparer.generate.click()
     comparer.start()
     comparer.next_seed.click()
@@ -99,19 +104,19 @@ def test_a_second_widget_waits_for_the_first(comparer, draw, tmp_path):
     assert "Drawn in" in other.status.value and len(draw.calls) == 6
 
 
-def test_lcm_is_offered_with_its_adapter_alone_and_draws_without_guidance(tmp_path, draw):
+def test_lcm_is_offered_only_with_its_adapter_and_draws_without_guidance(tmp_path, draw):
     pipe = SimpleNamespace(unet=SimpleNamespace(peft_config={"lcm": None}))
     made = PromptComparer(tmp_path, pipe, MODELS, ["x"], draw, steps=30)
-    made.scheduler.value = "lcm"
+    made.sampler.value = "lcm"
     assert (made.steps.value, made.guidance.value, made.guidance.disabled) == (4, 1, True)
     generate(made)
     assert draw.weights == {"high": 1, "lcm": 1}
-    made.scheduler.value = "ddim"
+    made.sampler.value = "ddim"
     assert (made.steps.value, made.guidance.value, made.guidance.disabled) == (30, 5, False)
-    assert "lcm" not in PromptComparer(tmp_path, object(), MODELS, ["x"], draw).scheduler.options
+    assert "lcm" not in PromptComparer(tmp_path, object(), MODELS, ["x"], draw).sampler.options
 
 
-def test_stop_ends_midway_and_it_can_draw_again(comparer, draw):
+def test_stop_ends_the_drawing_and_generate_works_again(comparer, draw):
     draw.go.clear()
     comparer.generate.click()
     assert draw.at.wait(20)
@@ -124,7 +129,7 @@ def test_stop_ends_midway_and_it_can_draw_again(comparer, draw):
     assert len(draw.calls) == 4 and len(comparer.viewer.history.options) == 1
 
 
-def test_a_stop_that_raises_is_no_error(comparer, draw):
+def test_an_exception_after_stop_is_not_shown(comparer, draw):
     draw.go.clear()
     comparer.generate.click()
     assert draw.at.wait(20)
@@ -145,7 +150,7 @@ def test_an_error_is_shown_beside_the_buttons_and_escaped(comparer, draw):
     assert "Drawn in" in comparer.status.value and comparer.progress.bar_style == "success"
 
 
-def test_what_makes_no_sense_cannot_be_chosen(comparer):
+def test_invalid_settings_cannot_be_chosen(comparer):
     comparer.prompt.value = "  "
     assert comparer.generate.disabled and "Write a prompt" in comparer.status.value
     comparer.prompt.value = "x"
@@ -154,10 +159,10 @@ def test_what_makes_no_sense_cannot_be_chosen(comparer):
         choice.value = False
     assert comparer.generate.disabled and "at least one model" in comparer.status.value
     comparer.chosen["base"].value = True
-    assert not comparer.generate.disabled and comparer.scales["small"].disabled
+    assert not comparer.generate.disabled and comparer.strengths["small"].disabled
     comparer.steps.value, comparer.guidance.value = 0, 99
     assert comparer.steps.value == 1 and comparer.guidance.value == 15
-    assert "base" not in comparer.scales and comparer.scales["large"].max == 1.5
+    assert "base" not in comparer.strengths and comparer.strengths["large"].max == 1.5
 
 
 def test_next_seed_and_next_prompt(comparer, draw):
@@ -170,7 +175,7 @@ def test_next_seed_and_next_prompt(comparer, draw):
     assert comparer.prompt.value == "a <b> prompt"
 
 
-def test_the_history_is_browsed_without_a_gpu(comparer, tmp_path):
+def test_the_history_can_be_browsed_without_a_gpu(comparer, tmp_path):
     for seed in (1, 2):
         comparer.seed.value = seed
         generate(comparer)
@@ -188,7 +193,7 @@ def test_the_history_is_browsed_without_a_gpu(comparer, tmp_path):
     assert len(later.viewer.history.options) == 1
     later.viewer.favourite.value = False
     assert later.viewer.history.options == () and json.loads((tmp_path / "favourites.json").read_text()) == []
-    later.start()  # has nothing to draw with
+    later.start()  # does nothing without a model
 
 
 def test_results_under_a_slider(comparer):
@@ -202,10 +207,10 @@ def test_results_under_a_slider(comparer):
     assert 'alt="small"' in view.result.value
     comparer.seed.value = 3
     generate(comparer)
-    assert view.right.value == "small" and 'alt="small"' in view.result.value  # stays as it was chosen
+    assert view.right.value == "small" and 'alt="small"' in view.result.value  # the user's choice stays
 
 
-def test_half_a_line_and_missing_pictures_are_passed_over(tmp_path):
+def test_incomplete_lines_and_missing_pictures_are_skipped(tmp_path):
     kept = album.Album(tmp_path)
     first, second = (kept.add({"prompt": "é", "seed": k}, {"base": Image.new("RGB", (8, 8))}) for k in (1, 2))
     assert kept.add({"prompt": "é", "seed": 1}, {"base": Image.new("RGB", (8, 8))}) == first  # once in the list
@@ -231,7 +236,7 @@ def side_of(ballot, model):
     return "left" if ballot.votes.current.left == model else "right"
 
 
-def test_votes_count_are_kept_and_not_asked_again(ballot):
+def test_votes_count_are_saved_and_not_asked_again(ballot):
     first, asked = ballot(), []
     for k in range(4):
         asked.append(first.votes.current.key)
@@ -269,7 +274,7 @@ def test_a_vote_is_blind(ballot):
     assert "No vote for either model" in box.status.value
 
 
-def test_the_result_is_told_only_where_the_interval_leaves_a_half(ballot):
+def test_a_model_is_preferred_only_if_the_interval_excludes_one_half(ballot):
     box = ballot()
     while box.votes.current:
         box.vote(side_of(box, "LoRA"))
@@ -279,26 +284,26 @@ def test_the_result_is_told_only_where_the_interval_leaves_a_half(ballot):
         votes.Votes(box.votes.file, {"base": [], "LoRA": []}, [], ("base", "base"))
 
 
-def test_a_real_pipeline_is_usable_after_stop_and_draws_what_draw_draws(pipe, tmp_path):
-    look = dict(steps=4, guidance_scale=2.0, resolution=32)
-    told = []
+def test_a_real_pipeline_works_after_stop_and_draws_the_same_as_pipeline_draw(pipe, tmp_path):
+    settings = dict(steps=4, guidance_scale=2.0, resolution=32)
+    shown_phases = []
 
     def stopping(*rest, show, stop, **options):
         def shown(phase, done, total):
-            told.append(phase)
+            shown_phases.append(phase)
             show(phase, done, total)
-            if len(told) == 2:
+            if len(shown_phases) == 2:
                 made.stop.click()
 
         return pipeline.draw(*rest, show=shown, stop=stop, **options)
 
-    made = PromptComparer(tmp_path, pipe, {"base": "base", "LoRA": "style"}, ["a man smiling"], stopping, **look)
-    made.seed.value, made.scales["LoRA"].value = 3, 0.8
+    made = PromptComparer(tmp_path, pipe, {"base": "base", "LoRA": "style"}, ["a man smiling"], stopping, **settings)
+    made.seed.value, made.strengths["LoRA"].value = 3, 0.8
     generate(made)
-    assert "Stopped after 0 of 2" in made.status.value and len(told) == 2
+    assert "Stopped after 0 of 2" in made.status.value and len(shown_phases) == 2
     generate(made)
     assert "Drawn in" in made.status.value
-    expected = [pipeline.draw(pipe, ["a man smiling"], 3, name, scale, **look)[0] for name, scale in
+    expected = [pipeline.draw(pipe, ["a man smiling"], 3, name, scale, **settings)[0] for name, scale in
                 (("base", 1), ("style", 0.8))]
     assert [p.tobytes() for p in made.viewer.shown.values()] == [p.tobytes() for p in expected]
     kept = next(iter(album.Album(tmp_path).sets.values()))["pictures"]["LoRA at 0.8"]
