@@ -193,7 +193,7 @@ case $command in
         export PYDEVD_DISABLE_FILE_VALIDATION=1 # else each kernel on Python 3.13 prints four lines
         if [ "$command" = run ]; then exec "$python" -m naruto_lora.tiny.run "$@"; fi
         export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # one core for each process
-        exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@" ;;
+        exec "$python" -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@" ;;
     '') if on_colab; then prepare_colab; else usage; fi ;;
     *) usage >&2 && fail "there is no command '$command'." ;;
 esac

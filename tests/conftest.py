@@ -90,6 +90,12 @@ def mixed(plan, tmp_path_factory):
     return bucketed, cache.encode(examples, bucketed, tmp_path_factory.mktemp("mixed"))
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, so that no worker begins minutes of them when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Prints the package's figures beside the bounds that `whole/test_structure.py` checks."""
     import structure

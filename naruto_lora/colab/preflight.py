@@ -15,7 +15,7 @@ from ..memory import gpu, plan, predict
 from .machine import PACKAGES, installed
 
 GPU_MENU = "on Colab: Runtime › Change runtime type › T4 GPU, then run all cells again"
-HOST = 1.5 * gpu.GIB  # for Python and torch themselves (measured, README 'Full size')
+HOST = 1.5 * gpu.GIB  # for Python and torch themselves (measured on an H200)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def learnt(base, tmp_path_factory):
     """The high resolution recipe's record, and the judge's scores of base and LoRA."""
     out = tmp_path_factory.mktemp("learning")
     data = world.write_dataset(out / "data")
-    plan = recipe.load(tiny.HIGH, base=base, dataset=str(data))
+    plan = recipe.load(tiny.HIGH, base=base, dataset=str(data), measure_every=10_000, previews=0)  # first and last
     record = train.train(plan, out / plan.name)
     pipe = pipeline.load(base, adapters={"style": record["adapter"]})
     scores = {}
@@ -53,9 +53,9 @@ def test_the_holdout_loss_at_least_halves(learnt):
     assert metrics.paired(first, last).high < 0
 
 
-@pytest.mark.parametrize("pictures, holdout, learnt_by_heart", [(40, 0.65, True), (333, 0.1, False)])
+@pytest.mark.parametrize("pictures, holdout, memorised", [(40, 0.65, True), (333, 0.1, False)])
 def test_overfitting_is_seen_on_a_dozen_pictures_and_not_on_three_hundred(
-    base, tmp_path, pictures, holdout, learnt_by_heart
+    base, tmp_path, pictures, holdout, memorised
 ):
     plan = recipe.Recipe(
         "long", (recipe.Leg(300, 3e-3),), resolution=32, batch=6, accumulation=1, holdout=holdout, precision="fp32",
@@ -65,7 +65,7 @@ def test_overfitting_is_seen_on_a_dozen_pictures_and_not_on_three_hundred(
     record = train.train(plan, tmp_path / "run")
     trained, means = record["pictures"]["training"], [np.mean(v) for v in record["holdout"].values()]
     said = report.overfitting(record)
-    if learnt_by_heart:
+    if memorised:
         assert trained == 12 and 30 <= record["best_step"] <= 150 and means[-1] > 1.05 * min(means)
         assert f"lowest at step {record['best_step']} and has risen" in said
         assert (tmp_path / "run" / f"checkpoint-{record['best_step']}").is_dir()

@@ -152,8 +152,8 @@ def test_the_front_page_names_both_anchors_and_the_share_of_each():
         for mode in ("own", "T4-like")
     ]  # fmt: skip
     sentence, table, note = ladder.short(rows).split("\n\n")
-    assert "takes 0.33 of the time" in sentence and "and 0.50 of the time of the same script run with care" in sentence
-    assert sentence.endswith("it is 0.25 and 0.50.") and "modelled, not measured" in note
+    assert "takes 0.33 of the time" in sentence and "and 0.50 of the time of the same step with its inputs" in sentence
+    assert "`naruto-256` it is 0.25 and 0.50." in sentence and "modelled, not measured" in note
     assert table.splitlines()[-1] == "| naruto_lora | 1,000 ms | 9.0 | 500 ms | 9.0 |"
 
 

@@ -147,7 +147,7 @@ def test_run_installs_once_and_starts_in_the_root(machine):
 def test_test_installs_an_extra_and_run_needs_no_second_install(machine):
     assert machine.setup("run").returncode == 0
     done = machine.setup("test", "-k", "no such")
-    side_by_side = "--numprocesses|logical|--maxprocesses|4|--dist|loadfile"
+    side_by_side = "--numprocesses|logical|--maxprocesses|4|--dist|loadfile|--no-loadscope-reorder"
     assert done.stdout.splitlines()[-1] == f"started in {machine.root}:|-m|pytest|{side_by_side}|-k|no such|"
     assert machine.installs()[-1] == "install --no-input --editable .[test]"
     assert machine.setup("run").returncode == 0 and len(machine.installs()) == 2

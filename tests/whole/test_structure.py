@@ -109,9 +109,3 @@ def test_the_map_is_the_house():
     held = [set(re.findall(r"\w+", layer)) for layer in reversed(layers) if layer not in ("tiny", "__main__")]
     held = [held[0] | held[1], *held[2:]]  # the small tools, which the map names together
     assert [{name.strip("/") for name in level} for level in drawn] == held
-
-
-def test_the_picture_of_the_data_flow_is_the_same_in_both_readmes():
-    flows = [re.search(r"```\n(recipe ─►.*?)```", path.read_text(), re.DOTALL)[1]
-             for path in (ROOT / "README.md", PACKAGE / "README.md")]
-    assert flows[0] == flows[1]
