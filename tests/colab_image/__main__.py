@@ -87,10 +87,11 @@ def prepared(name: str, folder: Path, args) -> bool:
     second = setup(folder)
     took = time.time() - begun
     say(second.returncode == 0 and took < 1 and len(second.stdout.splitlines()) == 1, f"again: {took:.2f} s")
-    modules = "lora, models, train, pipeline, report, compare, metrics, colab"
-    imported = python(folder, "-c", f"from naruto_lora import {modules}; from peft.import_utils import "
-                                    "is_torchao_available as there; assert not there()")
-    say(imported.returncode == 0, f"import {modules} {imported.stderr[-300:]}")
+    modules = ["lora", "train", "pipeline", "memory.plan", "measure.study", "show.report", "colab.storage"]
+    code = f"import importlib; [importlib.import_module('naruto_lora.' + name) for name in {modules}]; "
+    code += "from peft.import_utils import is_torchao_available as there; assert not there()"
+    imported = python(folder, "-c", code)
+    say(imported.returncode == 0, f"import {', '.join(modules)} {imported.stderr[-300:]}")
     if not args.quick:
         pinned, done = freeze(folder), setup(folder, "run", "--out", str(args.out / f"{name}-run"))
         say(done.returncode == 0, f"five notebooks: {(done.stdout + done.stderr)[-400:]}")

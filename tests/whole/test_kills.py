@@ -1,5 +1,6 @@
 """Kills at random moments: whatever they interrupt, the final LoRA equals that of an uninterrupted run."""
 
+import json
 import random
 import signal
 import subprocess
@@ -10,6 +11,30 @@ import pytest
 from naruto_lora import checkpoint, lora, train
 from naruto_lora.recipe import Leg
 
+# Forks for each line of arguments and answers with the exit status: torch and diffusers are imported once.
+SERVER = """
+import json, os, sys, traceback
+import diffusers.loaders, peft, transformers
+from diffusers import AutoencoderKL, DDPMScheduler, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from naruto_lora import train
+
+driver, log = sys.argv[1:]
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        with open(log, "w") as said:
+            os.dup2(said.fileno(), 1)
+            os.dup2(said.fileno(), 2)
+        sys.argv = ["-c", *json.loads(line)]
+        try:
+            exec(driver, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 # Kills itself at the n-th call below whose call stack contains `part`, or after some seconds.
 DRIVER = """
 import os, random, signal, sys, threading
@@ -62,17 +87,19 @@ def killed_until_done(plan, folder, kills, seed):
     file = folder / "plan.json"
     file.write_text(plan.to_json())
     rng, killed = random.Random(seed), []
-    command = [sys.executable, "-c", DRIVER, file, folder / "run", folder / "cache", folder / "drive" / "run"]
-    while len(killed) < kills:
-        part = PARTS[len(killed)] if len(killed) < len(PARTS) else rng.choice(PARTS[2:5])
-        what = [part, str(rng.randint(0, 10**6))]
-        result = subprocess.run([*command, *what], capture_output=True, text=True, timeout=300)
-        if result.returncode == -signal.SIGKILL:
-            killed.append(result.stdout.splitlines()[-1])
-        elif result.returncode:
-            pytest.fail(result.stderr)
-        else:
-            break  # finished before the kill
+    places, log = [file, folder / "run", folder / "cache", folder / "drive" / "run"], folder / "log"
+    command = [sys.executable, "-c", SERVER, DRIVER, log]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        while len(killed) < kills:
+            part = PARTS[len(killed)] if len(killed) < len(PARTS) else rng.choice(PARTS[2:5])
+            print(json.dumps([*map(str, places), part, str(rng.randint(0, 10**6))]), file=server.stdin, flush=True)
+            status = int(server.stdout.readline())
+            if status == -signal.SIGKILL:
+                killed.append(log.read_text().splitlines()[-1])
+            elif status:
+                pytest.fail(log.read_text())
+            else:
+                break  # finished before the kill
     train.train(plan, folder / "run", folder / "cache", mirror=folder / "drive" / "run")
     return killed
 
