@@ -8,15 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import time
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import data, files, lora, models
+from .memory.optimizer import flatten, load_flat
 from .progress import Listener, note
 
 KEEP = 3  # newest checkpoints that are kept, beside the best one
@@ -31,40 +32,55 @@ FREE_TO_CHANGE = (  # fields, when a run resumes; legs, base, vae and dataset ar
 def save(folder: Path, step: int, unet, optimizer, state: dict) -> Path:
     """Writes `folder`/checkpoint-<step>: adapter in diffusers' format, optimizer, `state`, and their checksums.
 
-    Written under a temporary name, flushed, then renamed: a kill never damages a checkpoint. Raises OSError.
+    Raises OSError.
     """
-    final, temporary = folder / f"checkpoint-{step}", folder / f".writing-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        lora.save(unet, temporary)
-        save_file(_flatten(optimizer), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state | {"step": step}), encoding="utf-8")
-        (temporary / SUMS).write_text(_sums(temporary), encoding="utf-8")
-        for name in (*FILES, SUMS):
-            files.flush(temporary / name)
-        _move(temporary, final)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _written(folder / f"checkpoint-{step}") as temporary:
+            lora.save(unet, temporary)
+            save_file(flatten(optimizer), temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state | {"step": step}), encoding="utf-8")
+            (temporary / SUMS).write_text(_sums(temporary), encoding="utf-8")
+            for name in (*FILES, SUMS):
+                files.flush(temporary / name)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(getattr(error, "strerror", None) or str(error)) from None
-    return final
+    return folder / f"checkpoint-{step}"
 
 
-def _move(temporary: Path, final: Path) -> None:
-    """Renames a finished folder to `final`; removes what was there only afterwards."""
-    old = final.with_name(f".old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
+@contextlib.contextmanager
+def _written(final: Path):
+    """A folder to write to, then renamed to `final`: a kill never damages a checkpoint. Removes what was there last."""
+    temporary, old = final.with_name(f".writing-{step_of(final)}"), final.with_name(f".old-{final.name}")
+    _remove(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _remove(old)
+        if os.path.lexists(final):
+            final.rename(old)
+        temporary.rename(final)
+    except (OSError, SafetensorError):
+        _remove(temporary)
+        raise
     files.flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path, empty_first: bool = False) -> None:
+    """Removes a folder, if it can; of a link only itself, never what it leads to."""
+    if path.is_symlink() or path.is_file():
+        return path.unlink(missing_ok=True)
+    for file in path.glob("*") if empty_first else ():
+        if file.is_file() and not file.is_symlink():
+            file.write_bytes(b"")
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def find(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, found by name only, oldest first; `problem` says which can be used."""
-    named = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit()]
-    return sorted(named, key=step_of)
+    """The checkpoints in `folder`, found by name only, oldest first; `problem` says which can be used. No links."""
+    named = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdecimal()]
+    return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -82,7 +98,7 @@ def problem(checkpoint: Path) -> str | None:
             return f"its state is that of step {read_state(checkpoint)['step']}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         return f"it can't be read ({error})"
     return None
 
@@ -107,17 +123,10 @@ def newest(folders: list[Path], show=None) -> Path | None:
 
 def fetch(checkpoint: Path, folder: Path) -> Path:
     """Copies a checkpoint into `folder`; it gets its name after each file has read back equal. Raises OSError."""
-    temporary, final = folder / f".writing-{step_of(checkpoint)}", folder / checkpoint.name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with _written(folder / checkpoint.name) as temporary:
         for name in (*FILES, SUMS):
             files.copy_whole(checkpoint / name, temporary / name)
-        _move(temporary, final)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    return folder / checkpoint.name
 
 
 def rotate(folder: Path, step: int, best: int | None = None, keep: int = KEEP, empty_first: bool = False) -> None:
@@ -131,11 +140,9 @@ def rotate(folder: Path, step: int, best: int | None = None, keep: int = KEEP, e
         if step_of(path) == best:
             continue
         old = path.with_name(f".old-{path.name}")
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         path.rename(old)
-        for file in old.iterdir() if empty_first else ():
-            file.write_bytes(b"")
-        shutil.rmtree(old)
+        _remove(old, empty_first)
 
 
 def check_disk(out: Path, parameters: list) -> None:
@@ -154,7 +161,7 @@ def check_disk(out: Path, parameters: list) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes what a killed run left half written or half removed."""
     for path in [*folder.glob(".writing-*"), *folder.glob(".old-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
 
 
 def read_state(checkpoint: Path) -> dict:
@@ -165,24 +172,7 @@ def read_state(checkpoint: Path) -> dict:
 def restore(checkpoint: Path, unet, optimizer) -> None:
     """Loads a checkpoint's adapter and optimizer state, bit for bit, into `unet` and `optimizer`."""
     lora.restore(unet, checkpoint)
-    stored = load_file(checkpoint / "optimizer.safetensors")
-    state = optimizer.state_dict()
-    state["state"] = {}
-    for key, value in stored.items():
-        index, name, kind = key.split(".")
-        state["state"].setdefault(int(index), {})[name] = value.clone() if kind == "tensor" else value.item()
-    optimizer.load_state_dict(state)
-
-
-def _flatten(optimizer) -> dict[str, torch.Tensor]:
-    flat = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        nested = [value for value in values.values() if isinstance(value, dict)]  # bitsandbytes nests its tensors
-        plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
-        for name, value in {k: v for part in (plain, *nested) for k, v in part.items()}.items():
-            kind = "tensor" if torch.is_tensor(value) else "number"
-            flat[f"{index}.{name}.{kind}"] = torch.as_tensor(value).detach().to("cpu", copy=True).contiguous()
-    return flat
+    load_flat(optimizer, load_file(checkpoint / "optimizer.safetensors"))
 
 
 class RunFolder:
@@ -195,7 +185,7 @@ class RunFolder:
     def __init__(self, out: str | Path, mirror: str | Path | None = None, show=None):
         self.out, self.mirror = Path(out), Path(mirror) if mirror else None
         self.show = show if isinstance(show, Listener) else Listener(show)
-        self.saved_step, self.saved_at = None, time.time()  # of the newest checkpoint
+        self.saved_step, self.saved_at, self.mirrored = None, time.monotonic(), None  # the newest; the mirror's step
         files.make_folder(self.out)
         if self.mirror:
             self._prepare_mirror()
@@ -224,27 +214,27 @@ class RunFolder:
             return None
 
     def local(self, checkpoint: Path) -> Path:
-        """`checkpoint` in `out`: if it is the mirror's, copies it, the best checkpoint and the previews.
+        """`checkpoint`, copied to `out` if it is the mirror's, and with it the best one and previews that lack here.
 
         Raises OSError if it can't be read.
         """
-        if checkpoint.parent == self.out:
-            return checkpoint
-        fetch(checkpoint, self.out)
+        local = checkpoint if checkpoint.parent == self.out else fetch(checkpoint, self.out)
         with contextlib.suppress(OSError):  # useful, but not needed
-            best = checkpoint.with_name(f"checkpoint-{read_state(checkpoint)['record']['best_step']}")
-            if best != checkpoint and problem(best) is None:
-                fetch(best, self.out)
-            (self.out / "previews").mkdir(exist_ok=True)
-            for path in (checkpoint.parent / "previews").glob("step-*.jpg"):
-                files.copy_whole(path, self.out / "previews" / path.name)
-        return self.out / checkpoint.name
+            best = f"checkpoint-{read_state(local)['record']['best_step']}"
+            for path in find(self.mirror) if self.mirror else ():
+                if path.name == best and problem(self.out / best) and problem(path) is None:
+                    fetch(path, self.out)
+            for path in (self.mirror / "previews").glob("step-*.jpg") if self.mirror else ():
+                if not (copy := self.out / "previews" / path.name).exists():
+                    copy.parent.mkdir(exist_ok=True)
+                    files.copy_whole(path, copy)
+        return local
 
     def save(self, step: int, unet, optimizer, state: dict) -> None:
         """Writes checkpoint-<step> with `state`, here and in the mirror; removes old ones. Raises OSError."""
         best = state["record"]["best_step"]
         path = self._write(step, unet, optimizer, state, best)
-        self.saved_step, self.saved_at = step, time.time()
+        self.saved_step, self.saved_at = step, time.monotonic()
         rotate(self.out, step, best)
         self.mirror_checkpoint(path, best)
 
@@ -266,10 +256,22 @@ class RunFolder:
         if self.mirror is None:
             return
         with self._mirroring():
-            for source in {path, path.with_name(f"checkpoint-{best}")}:
-                if source.is_dir() and problem(self.mirror / source.name):
-                    fetch(source, self.mirror)
+            for source in reversed([p for p in find(self.out) if step_of(p) in (step_of(path), best)]):
+                self._copy_to_mirror(source, best)
             rotate(self.mirror, step_of(path), best, empty_first=True)
+
+    def _copy_to_mirror(self, source: Path, best: int | None) -> None:
+        """Copies a checkpoint, unless it is there; if that fails, makes room there and tries once more."""
+        copy = self.mirror / source.name
+        if problem(copy) or (copy / SUMS).read_bytes() != (source / SUMS).read_bytes():
+            try:
+                fetch(source, self.mirror)
+            except OSError:  # full, perhaps: the newest that is whole stays, and the best
+                whole = next((p for p in reversed(find(self.mirror)) if problem(p) is None), None)
+                self.mirrored = whole and step_of(whole)
+                rotate(self.mirror, self.mirrored or 0, best, keep=1, empty_first=True)
+                fetch(source, self.mirror)
+        self.mirrored = max(self.mirrored or 0, step_of(source))
 
     def mirror_file(self, path: Path) -> None:
         """Copies a file of `out` to the same place in the mirror."""
@@ -286,7 +288,8 @@ class RunFolder:
             yield
         except OSError as error:
             reason = error.strerror or error
-            self.show.once(f"no copy in the mirror '{self.mirror}' ({reason}); the run continues")
+            safe = f"; step {self.mirrored} is safe there" if self.mirrored else ""
+            self.show.once(f"no copy in the mirror '{self.mirror}' ({reason}); the run continues{safe}", f"{reason}")
 
     def finish(self, unet, recipe, record: dict) -> None:
         """Writes the LoRA's two files and run.json, here and in the mirror. Raises OSError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import reprlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -57,9 +58,9 @@ class Example:
     def check(self) -> None:
         """Raises ValueError for a picture that can't be decoded, or a caption that is empty or not text."""
         if not isinstance(self.caption, str):
-            raise ValueError(f"the caption of '{self.name}' is not text but {self.caption!r:.40}; write it as text")
-        if not self.caption.strip():
-            raise ValueError(f"the caption of '{self.name}' is empty; write what the picture shows, or remove it")
+            raise ValueError(f"the caption of {self.name!r} is not text but {reprlib.repr(self.caption)}; make it text")
+        if not self.caption.replace("\0", "").strip():
+            raise ValueError(f"the caption of {self.name!r} is empty; write what the picture shows, or remove it")
         self._readable(picture.check)
 
     def _readable(self, read):
@@ -67,7 +68,7 @@ class Example:
         try:
             return read(content)
         except picture.UNREADABLE as error:
-            raise ValueError(f"the picture '{self.name}' can't be read ({error}); replace or remove it") from None
+            raise ValueError(f"the picture {self.name!r} can't be read ({error!s:.99}); replace or remove it") from None
 
 
 def load(dataset: str | Path) -> list[Example]:
@@ -80,7 +81,12 @@ def load(dataset: str | Path) -> list[Example]:
         raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
     place = Path(dataset).expanduser()
     if place.suffix.lower() == ".zip":
-        place = archive.unzip(place)
+        with archive.unpacked(place) as unpacked:
+            return _load(dataset, unpacked)
+    return _load(dataset, place)
+
+
+def _load(dataset: str | Path, place: Path) -> list[Example]:
     if place.is_dir():
         rows = table.read(str(place)) if list(place.rglob("*.parquet")) else folder.read(place)
     elif isinstance(dataset, str) and hub.is_id(dataset):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -39,6 +40,10 @@ def copy_whole(source: Path, target: Path) -> None:
 
 def flush(path: Path) -> None:
     """Flushes a file, or a folder's entries, to the disk. Windows can't open folders, Google Drive can't flush them."""
+    if path.is_file():  # the umask's mode: safetensors hides its files from other users
+        os.umask(mask := os.umask(0o077))
+        with suppress(OSError):  # Google Drive has modes of its own
+            path.chmod(0o666 & ~mask)
     try:
         handle = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     except PermissionError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from . import files, pipeline
+from .reading.picture import loaded
 
 CHUNK = "naruto_lora"  # the PNG's text chunk with the settings as JSON; 'parameters' is A1111's own chunk
 
@@ -35,12 +36,12 @@ def _parameters(settings: dict) -> str:
 def settings(path: str | Path) -> dict:
     """The settings in the PNG at `path`. Raises FileNotFoundError, and ValueError if it has none or is broken."""
     try:
-        with Image.open(path) as picture:
-            picture.load()  # to its end: a truncated file is an error
-            return json.loads(picture.text[CHUNK])
+        found = json.loads(loaded(path).text[CHUNK])  # loaded to its end: a truncated file is an error
+        _parameters(found | {"batch": found["batch"]})  # raises if one is missing or odd
+        return found
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture '{path}'") from None
-    except (OSError, SyntaxError, AttributeError, KeyError, ValueError):
+    except Exception:  # Pillow has many for a damaged file, and the chunk may hold anything
         raise ValueError(f"'{path}' has no readable settings; use a PNG that gallery.save wrote") from None
 
 
@@ -100,10 +101,7 @@ def draw_to(
 
 def load(paths: list[Path]) -> list[Image.Image]:
     """Reads the pictures into memory."""
-    pictures = [Image.open(path) for path in paths]
-    for picture in pictures:
-        picture.load()  # also closes the file
-    return pictures
+    return [loaded(path) for path in paths]
 
 
 def _is_drawn(path: Path, wanted: dict) -> bool:

@@ -6,6 +6,7 @@ a method `show.note(text)` for messages that stay. `Progress` is one; None shows
 
 from __future__ import annotations
 
+import contextlib
 import html
 import shutil
 import sys
@@ -15,27 +16,35 @@ from dataclasses import dataclass
 
 def note(show, text: str) -> None:
     """Passes a message to `show.note` if there is one, else prints it."""
-    getattr(show, "note", print)(text)
+    getattr(show, "note", _print)(text)
 
 
 class Listener:
-    """Wraps any `show`, also None, so that it can always be called; `once` drops repeated messages."""
+    """Wraps any `show`, also None: it can always be called, and its failure ends nothing; `error` is the first one."""
 
     def __init__(self, show=None):
-        self.show, self.noted = show, set()
+        self.show, self.noted, self.error = show, set(), None
 
     def __call__(self, phase: str, done: int, total: int, **figures) -> None:
         if self.show:
-            self.show(phase, done, total, **figures)
+            self._try(self.show, phase, done, total, **figures)
 
     def note(self, text: str) -> None:
-        note(self.show, text)
+        self._try(note, self.show, text)
 
-    def once(self, text: str) -> None:
-        """`note`, but only the first time for each text."""
-        if text not in self.noted:
-            self.noted.add(text)
+    def once(self, text: str, about: str | None = None) -> None:
+        """`note`, but only the first time for each text, or for each `about`."""
+        if (about or text) not in self.noted:
+            self.noted.add(about or text)
             self.note(text)
+
+    def _try(self, tell, *arguments, **figures) -> None:
+        try:
+            tell(*arguments, **figures)
+        except Exception as error:  # a closed pipe, a full disk: no reason to end hours of training
+            if self.error is None:
+                _print(f"progress can't be shown ({type(error).__name__}: {error}); the run continues", sys.stderr)
+            self.error = self.error or error
 
 
 class Progress:
@@ -46,14 +55,14 @@ class Progress:
     """
 
     def __init__(self, every: float | None = None):
-        self.every = every if every is not None else (1.0 if _is_interactive() else 30.0)  # seconds
+        self.every = every if every is not None else (1.0 if _in_notebook() or sys.stdout.isatty() else 30.0)  # seconds
         self.phases, self.blocks = {}, {}  # by phase; blocks also has the notes, in order
         self.cell = self.handle = None
         self.line = ""  # the unfinished line in a terminal
 
     def __call__(self, phase: str, done: int, total: int, **figures) -> None:
         self._enter_cell()
-        now, state = time.time(), self.phases.get(phase)
+        now, state = time.monotonic(), self.phases.get(phase)
         if state is None or done <= state.done:  # a new phase, or one that starts again
             state = self.phases[phase] = _Phase(begun=now, first=done)
         state.done = done
@@ -71,9 +80,9 @@ class Progress:
             self.blocks[f"note {len(self.blocks)}"] = (text, f"<div>{html.escape(text)}</div>")
             self._display()
         elif sys.stdout.isatty():
-            print(f"\r\033[K{text}\n{self.line}", end="", flush=True)
+            _print(f"\r\033[K{text}\n{self.line}", end="")
         else:
-            print(text, flush=True)
+            _print(text)
 
     def _write(self, phase: str, done: int, total: int, texts: list[str]) -> None:
         if _in_notebook():
@@ -83,9 +92,9 @@ class Progress:
             width = shutil.get_terminal_size().columns - 1
             line = _cut(_bar(phase, done, total, texts, 20 if width >= 110 else 10), width)
             self.line = "" if done == total else line
-            print(f"\r\033[K{line}", end="\n" if done == total else "", flush=True)
+            _print(f"\r\033[K{line}", end="\n" if done == total else "")
         else:
-            print(_bar(phase, done, total, texts), flush=True)
+            _print(_bar(phase, done, total, texts))
 
     def _enter_cell(self) -> None:
         """Starts a new display and new phases if another notebook cell runs than at the last call."""
@@ -110,10 +119,10 @@ class Progress:
 
 @dataclass
 class _Phase:
-    begun: float  # time.time()
+    begun: float  # time.monotonic()
     first: int  # `done` of the first call, whose duration is unknown
     done: int = 0
-    shown: float = 0.0
+    shown: float = float("-inf")
     smooth: float | None = None
 
 
@@ -142,6 +151,15 @@ def _bar(phase: str, done: int, total: int, texts: list[str], width: int = 20) -
     return "  ".join([f"{phase:<10} {'█' * filled}{'░' * (width - filled)} {texts[0]}", *texts[1:]])
 
 
+def _print(text: str, file=None, end: str = "\n") -> None:
+    """Prints `text` in letters that the output has; if it is closed or its disk is full, nothing happens."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+        text = text if "█".encode(encoding, "ignore") else text.replace("█", "#").replace("░", "-")
+        print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, file=file, flush=True)
+
+
 def _cut(line: str, width: int) -> str:
     """`line` in at most `width` characters, cut between two figures if possible."""
     if len(line) <= width:
@@ -167,10 +185,6 @@ def _in_notebook() -> bool:
         return False
     shell = get_ipython()
     return shell is not None and hasattr(shell, "kernel")
-
-
-def _is_interactive() -> bool:
-    return _in_notebook() or sys.stdout.isatty()
 
 
 def duration(seconds: float) -> str:

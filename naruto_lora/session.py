@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 import signal
@@ -14,7 +15,7 @@ from .progress import duration
 CALIBRATION = 5  # updates before the first forecast
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # so that no `except Exception` takes it for a failure
     """The user interrupted the run, at a moment when its state is consistent."""
 
 
@@ -72,7 +73,7 @@ class Interrupts:
 class Forecast:
     """The time left, from the median update and the mean measurement and checkpoint so far.
 
-    `begun` is the time.time() of the session's start: `max_minutes` count from there.
+    `begun` is the time.monotonic() of the session's start: `max_minutes` count from there.
     """
 
     def __init__(self, recipe, begun: float):
@@ -80,7 +81,7 @@ class Forecast:
 
     def elapsed(self) -> float:
         """Seconds since the session began."""
-        return time.time() - self.begun
+        return time.monotonic() - self.begun
 
     def budget_left(self) -> float:
         """Seconds left of `max_minutes`."""
@@ -108,10 +109,12 @@ class Forecast:
         """Seconds from `start` finished updates to `stop`; None before CALIBRATION updates were timed."""
         if len(self.spent["update"]) < CALIBRATION:
             return None
-        recipe, after = self.recipe, range(start + 1, stop + 1)
-        measured = {k for k in after if k % recipe.measure_every == 0 or k == recipe.steps}
-        saved = measured | {k for k in after if k % recipe.save_every == 0}
-        return len(after) * self.update() + len(measured) * self.mean("measure") + len(saved) * self.mean("save")
+        measure, save, last = self.recipe.measure_every, self.recipe.save_every, start < self.recipe.steps <= stop
+        # how often each is due; the last step is measured and saved anyway, a measured one is saved too
+        every = measure, save, math.lcm(measure, save)
+        measured, saved, both = (last + (stop - last) // n - start // n for n in every)
+        saved += measured - both
+        return (stop - start) * self.update() + measured * self.mean("measure") + saved * self.mean("save")
 
     def sentence(self, at: int) -> str:
         """When, after `at` updates, each leg ends and the next checkpoint comes, and where `max_minutes` end."""
@@ -120,7 +123,8 @@ class Forecast:
         following = min(at - at % self.recipe.save_every + self.recipe.save_every, self.recipe.steps)
         text = f"{self.update():.3g} s a step: {text}; next checkpoint in {duration(self.seconds(at, following))}"
         left = self.budget_left()
-        reached = [k for k in range(at, self.recipe.steps) if self.seconds(at, k) <= left]
-        if len(reached) < self.recipe.steps - at:
-            text += f"; the {self.recipe.max_minutes:g} minutes end near step {reached[-1]}"
+        steps = range(at, self.recipe.steps)
+        reached = bisect.bisect_right(steps, left, key=lambda k: self.seconds(at, k))
+        if reached < len(steps):
+            text += f"; the {self.recipe.max_minutes:g} minutes end near step {max(at, at + reached - 1)}"
         return text

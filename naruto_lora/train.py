@@ -18,6 +18,7 @@ from .measure.validation import Validation
 from .memory import gpu, lean
 from .memory import plan as plans
 from .memory.fallback import Fallback, Rung
+from .memory.optimizer import make_optimizer
 from .progress import Listener
 
 MAX_GRAD_NORM = 1.0
@@ -43,7 +44,7 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
     `memory.plan` chooses them for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with
     one sentence on what is missing or wrong; the cheapest checks come first.
     """
-    begun, recipe, show = time.time(), recipes.load(recipe), Listener(show)
+    begun, recipe, show = time.monotonic(), recipes.load(recipe), Listener(show)
     device = models.device_for(recipe.precision)
     folder = checkpoint.RunFolder(out, mirror, show)
     models.check_base(recipe.base, recipe.vae)
@@ -105,8 +106,9 @@ class Run:
         )
         self.step, self.holdout_loss = 0, None  # finished updates; the newest mean hold-out loss
         self.record = {"losses": [], "holdout": {}, "best_step": None, "seconds": 0.0}
-        self.forecast, self.interrupts = session.Forecast(recipe, begun or time.time()), session.Interrupts()
+        self.forecast, self.interrupts = session.Forecast(recipe, begun or time.monotonic()), session.Interrupts()
         self.half_changed = False  # True while the optimizer changes the weights
+        self.measured = 0  # measurements of the hold-out in the newest checkpoint
 
     @property
     def engine(self):
@@ -126,6 +128,7 @@ class Run:
             self.engine.refresh()
             self.step, self.record, self.folder.saved_step = state["step"], state["record"], state["step"]
             self.scaler.load_state_dict(state["scaler"])
+            self.measured = len(self.record["holdout"])
             self.folder.mirror_checkpoint(local, self.record["best_step"])
             self.show.note(f"resumes from {path}, at {self._position()}")
             return
@@ -134,6 +137,7 @@ class Run:
         """Runs the remaining updates, or as many as `max_minutes` allow.
 
         On Ctrl-C, a kernel's interrupt or SIGTERM it saves a checkpoint, then raises KeyboardInterrupt or SystemExit.
+        It also saves one before any other exception, unless the weights are half changed.
         Raises RuntimeError for a loss or gradients that are not finite, OSError for a full disk.
         """
         with self.interrupts:
@@ -142,6 +146,10 @@ class Run:
             except session.Interrupted:
                 self.save()
                 self.show.note(f"interrupted at {self._position()}, {self.folder.saved_where()}")
+            except Exception:
+                with contextlib.suppress(Exception):  # the first error is the one to tell
+                    self.half_changed or self.save()
+                raise
         self.interrupts.raise_received()
 
     def _loop(self) -> None:
@@ -149,15 +157,20 @@ class Run:
         seconds_before = self.record["seconds"] - self.forecast.elapsed()
         if self._due(recipe.measure_every):  # step 0, or one whose measurement was interrupted
             self.measure()
+            if self.folder.saved_step == self.step:
+                self.save()
         while self.step < recipe.steps:
             if self.forecast.over_budget():
                 self.save()
                 budget = f"max_minutes = {recipe.max_minutes:g}"
                 self.show.note(f"stopped by {budget} at {self._position()}, {self.folder.saved_where()}")
                 return
-            loss, grad_norm = self._update_or_save()
+            with self.forecast.timed("update"):
+                loss, grad_norm = self.update()
             self.step += 1
             self.record["losses"].append(loss)
+            for text in self.engine.notes:
+                self.show.once(text)
             self.record["seconds"] = seconds_before + self.forecast.elapsed()
             self.show("training", self.step, recipe.steps, **self._figures(loss, grad_norm))
             if self.step == first_forecast < recipe.steps:
@@ -167,20 +180,6 @@ class Run:
                 self.measure()
             if measure_due or self._due(recipe.save_every) or self._save_overdue():
                 self.save()
-
-    def _update_or_save(self) -> tuple[float, float]:
-        """`update`; if it fails, saves the updates before it, unless the weights are half changed."""
-        try:
-            with self.forecast.timed("update"):
-                result = self.update()
-        except RuntimeError:  # out of memory, or not finite
-            if not self.half_changed:
-                with contextlib.suppress(OSError):
-                    self.save()
-            raise
-        for text in self.engine.notes:
-            self.show.once(text)
-        return result
 
     def update(self) -> tuple[float, float]:
         """One optimizer step over `batch * accumulation` pictures; returns its mean loss and gradient norm.
@@ -202,8 +201,8 @@ class Run:
                 self.half_changed = True
                 self.optimizer.step()
                 self.engine.refresh()
-                self.half_changed = False
                 self.scaler.update()
+                self.half_changed = False
                 return statistics.fmean(losses), grad_norm
             scaler_before = scaler_before or self.scaler.state_dict()
             self.scaler.update()  # halves the loss scale
@@ -240,13 +239,14 @@ class Run:
             self.holdout_loss = self.validation.measure(self.step, self.record)
 
     def save(self) -> None:
-        """Writes checkpoint-<step>, here and in the mirror, unless it is there; removes old ones."""
-        if self.folder.saved_step == self.step:
+        """Writes checkpoint-<step>, here and in the mirror, unless it is there as it would be; removes old ones."""
+        if self.folder.saved_step == self.step and self.measured == len(self.record["holdout"]):
             return
         state = {"recipe": json.loads(self.recipe.to_json()), "sources": self.sources, "record": self.record}
         state["scaler"] = self.scaler.state_dict()
         with self.forecast.timed("save"):
             self.folder.save(self.step, self.unet, self.optimizer, state)
+        self.measured = len(self.record["holdout"])
 
     def finish(self) -> dict:
         """Writes the current LoRA and the record to the run's folder; returns the record. Raises OSError."""
@@ -265,7 +265,7 @@ class Run:
         return self.step % every == 0 or self.step == self.recipe.steps
 
     def _save_overdue(self) -> bool:
-        return 0 < self.recipe.save_minutes <= (time.time() - self.folder.saved_at) / 60
+        return 0 < self.recipe.save_minutes <= (time.monotonic() - self.folder.saved_at) / 60
 
     def _position(self) -> str:
         return f"step {self.step} of {self.recipe.steps}"
@@ -280,17 +280,6 @@ class Run:
             "peak_gib": gpu.peak_gib(),
             "left": self.forecast.seconds(self.step, self.recipe.steps),
         }
-
-
-def make_optimizer(parameters, device: torch.device) -> torch.optim.Optimizer:
-    """8-bit AdamW (bitsandbytes, arXiv 2110.02861) on CUDA; on the CPU torch's AdamW, the same in 32 bits."""
-    if device.type != "cuda":
-        return torch.optim.AdamW(parameters, weight_decay=1e-2, fused=True)
-    try:
-        from .memory.adam import JoinedAdamW8bit
-    except ImportError:
-        raise RuntimeError("8-bit Adam needs bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    return JoinedAdamW8bit(parameters, weight_decay=1e-2)
 
 
 call_as(__name__, train)

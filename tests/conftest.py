@@ -32,9 +32,15 @@ def plan(base, pictures) -> recipe.Recipe:
     """A recipe: six steps of 2 x 3 pictures at 32 px, alpha unlike rank, a learning rate with a visible effect."""
     return recipe.Recipe(
         "few", (recipe.Leg(4, 2e-2), recipe.Leg(6, 1e-2, "cosine")), resolution=32, batch=3, accumulation=2, rank=4,
-        alpha=10, caption_dropout=0.25, holdout=0.15, precision="fp32", save_every=2, base=base, vae="",
+        alpha=10, caption_dropout=0.25, holdout=0.15, precision="fp32", save_every=2, previews=0, base=base, vae="",
         dataset=str(pictures),
     )
+
+
+@pytest.fixture(scope="session")
+def previewed(plan) -> recipe.Recipe:
+    """`plan` with previews, which take longer than its training."""
+    return plan.replace(previews=2)
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +71,10 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(plan, cache_folder, tmp_path_factory) -> Trained:
-    """`plan`, trained without interruption."""
-    folder = tmp_path_factory.mktemp("runs") / plan.name
-    return Trained(folder, train.train(plan, folder, cache_folder))
+def trained(previewed, cache_folder, tmp_path_factory) -> Trained:
+    """`plan`, trained without interruption, and its previews."""
+    folder = tmp_path_factory.mktemp("runs") / previewed.name
+    return Trained(folder, train.train(previewed, folder, cache_folder))
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ def same_adapter(one, two):
     return (one / lora.FILE).read_bytes() == (two / lora.FILE).read_bytes()
 
 
-class Stop(Exception):
-    """Stands for a disconnection; `show` raises it."""
+class Stop(BaseException):
+    """Stands for a disconnection, after which nothing is saved; `show` raises it."""
 
 
 def stop_after(steps):

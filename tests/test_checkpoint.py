@@ -262,3 +262,54 @@ def test_existing_checkpoints_need_no_more_room(stepped, tmp_path, monkeypatch):
     for step in range(checkpoint.KEEP + 1):
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoint.check_disk(tmp_path, stepped[1])
+
+
+@pytest.fixture
+def treasure(tmp_path_factory):
+    """A folder of somebody else."""
+    folder = tmp_path_factory.mktemp("somebody's")
+    (folder / "work.txt").write_text("years of work")
+    return folder
+
+
+def test_links_are_passed_over_and_never_emptied(two, treasure):
+    (two / "checkpoint-1").symlink_to(treasure)
+    (two / "checkpoint-99").symlink_to(two / "checkpoint-60")
+    (two / "checkpoint-30" / "shortcut").symlink_to(treasure / "work.txt")
+    (two / "checkpoint-30" / "folder").mkdir()
+    assert [path.name for path in checkpoint.find(two)] == ["checkpoint-30", "checkpoint-60"]
+    assert checkpoint.newest([two]) == two / "checkpoint-60"
+    checkpoint.rotate(two, 60, keep=1, empty_first=True)
+    assert sorted(path.name for path in two.iterdir()) == ["checkpoint-1", "checkpoint-60", "checkpoint-99"]
+    assert [path.read_text() for path in treasure.iterdir()] == ["years of work"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-7", ".writing-7", ".old-checkpoint-7"])
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_a_file_or_link_in_a_checkpoints_place_stops_nothing(two, treasure, name, kind):
+    for step in (1, 2):  # the second time with what the first may have left
+        if kind == "file":
+            (two / name).write_text("a file")
+        else:
+            (two / name).symlink_to(treasure if kind == "link" else two / "nowhere")
+        source = two / ("checkpoint-30" if step == 1 else "checkpoint-60")
+        with checkpoint._written(two / "checkpoint-7") as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+        assert (two / "checkpoint-7" / checkpoint.SUMS).read_bytes() == (source / checkpoint.SUMS).read_bytes()
+        assert not (two / "checkpoint-7").is_symlink()
+        assert not list(two.glob(".*"))
+        shutil.rmtree(two / "checkpoint-7")
+    (two / ".old-checkpoint-5").symlink_to(treasure)
+    checkpoint.remove_leftovers(two)
+    assert sorted(path.name for path in two.iterdir()) == ["checkpoint-30", "checkpoint-60"]
+    assert (treasure / "work.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("state", ["null", "[]", "{}", '"text"', "[" * 20_000])
+def test_a_state_that_is_no_state_is_skipped(two, state):
+    (two / "checkpoint-60" / "state.json").write_text(state)
+    (two / "checkpoint-60" / checkpoint.SUMS).write_text(checkpoint._sums(two / "checkpoint-60"))
+    (two / "checkpoint-²").mkdir()
+    notes = Notes()
+    assert checkpoint.newest([two], notes) == two / "checkpoint-30"
+    assert notes.lines[0].startswith(f"{two / 'checkpoint-60'} is skipped: it can't be read (")

@@ -165,6 +165,12 @@ def test_pixels_span_minus_one_to_one():
     assert stack[0].min() == 1 and stack[1, 0].max() == -1 and stack[1, 1].min() == 1
 
 
+@pytest.mark.parametrize("caption", ["", " \n", "\0", "\0 \0\n"])
+def test_a_caption_without_a_letter_is_empty(caption):
+    with pytest.raises(ValueError, match="the caption of 'a.png' is empty; write what"):
+        Example("a.png", caption, packed(halves())).check()
+
+
 def test_the_split_stays_when_pictures_are_added(pictures):
     examples = data.load(pictures)
     few = data.split(examples[:12], 0.3)

@@ -1,7 +1,10 @@
 """Atomic files."""
 
+import os
+import stat
 
 import pytest
+from safetensors.numpy import save_file
 
 from naruto_lora import files
 
@@ -56,3 +59,25 @@ def test_a_failed_flush_raises_for_a_file_and_not_for_a_folder(tmp_path, monkeyp
     files.flush(tmp_path)  # as on Google Drive
     with pytest.raises(OSError, match="Input/output error"):
         files.flush(tmp_path / "file")
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_a_file_has_the_umasks_mode_whatever_wrote_it(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        files.replace(tmp_path / "a", lambda temporary: save_file({}, temporary))  # safetensors gives its own 0600
+        save_file({}, tmp_path / "b")
+        files.flush(tmp_path / "b")
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"] == [mode, mode]
+
+
+def test_a_disk_with_modes_of_its_own_is_written_all_the_same(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(files.Path, "chmod", fails)
+    files.replace(tmp_path / "a", lambda temporary: temporary.write_text("x"))
+    assert (tmp_path / "a").read_text() == "x"

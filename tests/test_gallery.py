@@ -1,6 +1,8 @@
 """Pictures on disk: each has its settings as metadata, can be redrawn from its file, and isn't drawn twice."""
 
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
@@ -107,6 +109,17 @@ def test_the_errors_of_redraw_and_settings(pipe, plain_pipe, tmp_path):
             gallery.settings(tmp_path / name)
     with pytest.raises(FileNotFoundError, match="there is no picture"):
         gallery.settings(tmp_path / "none.png")
+
+
+def test_many_pictures_are_loaded_where_few_files_can_be_open(tmp_path):
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png")
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 8, most[1]))
+    try:
+        pictures = gallery.load([tmp_path / "a.png"] * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, most)
+    assert len(pictures) == 100 and pictures[99].getpixel((2, 2)) == (255, 0, 0)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """LoRA: its layers, its start values, its files."""
 
+import os
 import subprocess
 import sys
 
@@ -103,6 +104,14 @@ def test_the_other_file_has_kohyas_names_and_the_alpha(base, plan, trained, enco
     pipeline.use_adapter(pipe, "base")
     torch.testing.assert_close(predicted(other.unet, encoded), expected, atol=2e-2, rtol=0)
     assert (predicted(pipe.unet, encoded) - expected).abs().max() > 0.1
+
+
+def test_both_files_can_be_read_by_other_users(plan, trained):
+    """As far as the umask allows it; safetensors gives its own files to their owner alone."""
+    os.umask(mask := os.umask(0o077))
+    names = [lora.FILE, f"{plan.name}.safetensors", "run.json", "checkpoint-6/optimizer.safetensors"]
+    modes = {name: (trained.folder / name).stat().st_mode & 0o777 for name in names}
+    assert modes == dict.fromkeys(names, 0o666 & ~mask)
 
 
 def test_an_adapter_of_another_rank_is_refused(base, trained):

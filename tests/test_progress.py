@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from naruto_lora import progress
+from naruto_lora import progress, session
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def test_progress_without_a_terminal_is_a_few_lines(capsys):
 
 def test_progress_smooths_the_loss_and_shows_the_time_left(capsys, monkeypatch):
     clock = [100.0]
-    monkeypatch.setattr(progress.time, "time", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     show = progress.Progress(every=0)
     for k, loss in ((5, 1.0), (6, 2.0), (10, 2.0)):  # resumed at 4: the first call's duration is unknown
         show("training", k, 20, loss=loss, lr=1e-4, peak_gib=12.34)
@@ -40,7 +40,7 @@ def test_progress_smooths_the_loss_and_shows_the_time_left(capsys, monkeypatch):
 
 def test_a_phase_that_starts_again_restarts_its_clock_and_an_interrupted_one_does_not(capsys, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "time", lambda: clock[0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     show = progress.Progress(every=0)
     for phase, done in (("training", 1), ("hold-out", 1), ("hold-out", 4), ("training", 2), ("hold-out", 1),
                         ("hold-out", 2)):
@@ -175,3 +175,73 @@ def test_a_listener_can_always_be_called_and_drops_repeated_messages(capsys):
     listener("training", 1, 2, loss=0.5)
     listener.once("slower")
     assert shown == [(("training", 1, 2), {"loss": 0.5})] and notes == ["slower"]
+
+
+@pytest.mark.parametrize("encoding, word", [("ascii", "na\\xefve"), ("latin-1", "naïve"), ("cp1252", "naïve")])
+def test_letters_that_the_output_lacks_are_replaced(monkeypatch, encoding, word):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+    progress.Progress(every=0)("training", 1, 2)
+    progress.note(None, "naïve \u2603 \udce9")
+    progress.Progress().note("naïve")
+    lines = written.getvalue().decode(encoding).splitlines()
+    assert lines == [f"training   {'#' * 10}{'-' * 10} 1/2", f"{word} \\u2603 \\udce9", word]
+
+
+class Broken(io.StringIO):
+    """An output that fails."""
+
+    def __init__(self, error, terminal):
+        super().__init__()
+        self.error, self.isatty = error, lambda: terminal
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), BrokenPipeError(32, "Broken pipe"),
+                                   ValueError("I/O operation on closed file"), UnicodeError("odd")])
+def test_an_output_that_fails_is_passed_over(monkeypatch, error, terminal):
+    monkeypatch.setattr(sys, "stdout", Broken(error, terminal))
+    show = progress.Progress(every=0)
+    show("training", 1, 2)
+    show.note("one")
+    progress.note(None, "two")
+    assert show.phases["training"].done == 1
+
+
+def test_a_show_that_fails_ends_nothing_and_is_said_once(capsys):
+    def show(phase, done, total, **figures):
+        raise (BrokenPipeError, TypeError)[done - 1](f"number {done}")
+
+    listener = progress.Listener(show)
+    listener("training", 1, 2)
+    listener("training", 2, 2)
+    assert str(listener.error) == "number 1" and isinstance(listener.error, BrokenPipeError)
+    said = capsys.readouterr()
+    assert said.err == "progress can't be shown (BrokenPipeError: number 1); the run continues\n" and said.out == ""
+    show.note = lambda text: 1 / 0
+    listener.note("passed over too")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, session.Interrupted])
+def test_an_interrupt_in_a_show_is_no_failure(stop):
+    def show(*_):
+        raise stop
+
+    with pytest.raises(stop):
+        progress.Listener(show)("training", 1, 2)
+
+
+def test_a_message_can_be_said_once_for_what_it_is_about(capsys):
+    listener = progress.Listener()
+    for step in (2, 4):
+        listener.once(f"the mirror is full, step {step} is safe there", "full")
+    assert capsys.readouterr().out == "the mirror is full, step 2 is safe there\n"
+
+
+def test_the_first_line_is_shown_also_just_after_the_machine_started(capsys, monkeypatch):
+    monkeypatch.setattr(progress.time, "monotonic", lambda: 3.0)
+    progress.Progress()("training", 1, 2)
+    assert "1/2" in capsys.readouterr().out

@@ -89,17 +89,17 @@ def previews(step):
     return [f"previews/step-{step:06d}-{n}.jpg" for n in (0, 1)]
 
 
-def test_the_mirror_is_enough_to_resume(plan, trained, cache_folder, tmp_path):
+def test_the_mirror_is_enough_to_resume(previewed, trained, cache_folder, tmp_path):
     out, mirror = tmp_path / "local" / "run", tmp_path / "drive" / "run"
     mirror.parent.mkdir()
     with pytest.raises(Stop):
-        train.train(plan, out, cache_folder, stop_after(5), mirror)
+        train.train(previewed, out, cache_folder, stop_after(5), mirror)
     shutil.rmtree(out.parent)  # the machine is gone
     watcher = Watcher()
-    record = train.train(plan, out, cache_folder, watcher, mirror)
+    record = train.train(previewed, out, cache_folder, watcher, mirror)
     assert watcher.steps == [5, 6] and watcher.notes[0].startswith(f"resumes from {mirror / 'checkpoint-4'}, at step 4")
     assert same_adapter(out, trained.folder) and record["losses"] == trained.record["losses"]
-    for name in (lora.FILE, f"{plan.name}.safetensors", "run.json", *previews(0), *previews(6)):
+    for name in (lora.FILE, f"{previewed.name}.safetensors", "run.json", *previews(0), *previews(6)):
         assert (mirror / name).read_bytes() == (out / name).read_bytes(), name
     assert checkpoint.newest([mirror]).name == "checkpoint-6"
 
@@ -230,3 +230,103 @@ def test_files_of_a_killed_finish_are_not_used(plan, cache_folder, tmp_path):
     (tmp_path / ".writing-adapter" / "first.safetensors").write_bytes(b"cut sh")  # of an earlier recipe name
     run.finish()
     assert (tmp_path / "first.safetensors").read_bytes() == b"whole" and not (tmp_path / ".writing-adapter").exists()
+
+
+def written(folder, step, best=None):
+    """A checkpoint of 3,000 bytes and more, made by hand."""
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    for name in checkpoint.FILES[:2]:
+        (path / name).write_bytes(bytes([step % 256]) * 1500)
+    (path / "state.json").write_text(json.dumps({"step": step, "record": {"best_step": best, "holdout": {}}}))
+    (path / checkpoint.SUMS).write_text(checkpoint._sums(path))
+    return path
+
+
+def names(folder):
+    return [path.name for path in checkpoint.find(folder)]
+
+
+def size(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run's folder and mirror, with a display that records."""
+    return checkpoint.RunFolder(tmp_path / "run", tmp_path / "mirror", Watcher())
+
+
+@pytest.mark.parametrize("room, best, kept", [
+    (2.6, None, ["checkpoint-14", "checkpoint-16"]),
+    (3.6, 2, ["checkpoint-2", "checkpoint-14", "checkpoint-16"]),
+    (9, 2, ["checkpoint-2", "checkpoint-12", "checkpoint-14", "checkpoint-16"]),
+])
+def test_a_full_mirror_makes_room_for_the_newest(folder, monkeypatch, room, best, kept):
+    real, each = files.copy_whole, size(written(folder.out, 1))
+    shutil.rmtree(folder.out / "checkpoint-1")
+
+    def limited(source, target):
+        if size(folder.mirror) + source.stat().st_size > room * each:
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(files, "copy_whole", limited)
+    for step in range(2, 17, 2):
+        folder.mirror_checkpoint(written(folder.out, step, best), best)
+    assert names(folder.mirror) == kept and folder.show.show.notes == []
+    assert all(checkpoint.problem(path) is None for path in checkpoint.find(folder.mirror))
+
+
+def test_a_mirror_without_room_keeps_its_newest_whole_checkpoint_and_says_it_once(folder, monkeypatch):
+    for step in (2, 4):
+        folder.mirror_checkpoint(written(folder.out, step), None)
+    (written(folder.mirror, 5) / "state.json").write_text("{")  # half written by a kill
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "copy_whole", full)
+    for step in (6, 8):
+        folder.mirror_checkpoint(written(folder.out, step), None)
+    assert checkpoint.newest([folder.mirror], Watcher()) == folder.mirror / "checkpoint-4"
+    assert folder.show.show.notes == [
+        f"no copy in the mirror '{folder.mirror}' (No space left on device); the run continues; step 4 is safe there"
+    ]
+
+
+def test_a_checkpoint_that_was_written_again_is_copied_again(folder):
+    path = written(folder.out, 4)
+    folder.mirror_checkpoint(path, None)
+    shutil.rmtree(path)
+    folder.mirror_checkpoint(written(folder.out, 4, best=4), 4)
+    assert checkpoint.read_state(folder.mirror / "checkpoint-4")["record"]["best_step"] == 4
+
+
+def test_best_checkpoint_and_previews_are_fetched_whenever_they_are_missing(folder):
+    """A kill came after the newest checkpoint was fetched."""
+    for step in (2, 6, 8):
+        written(folder.mirror, step, best=2)
+    previews = folder.mirror / "previews"
+    previews.mkdir()
+    for step in (0, 2):
+        (previews / f"step-{step:06d}-0.jpg").write_bytes(b"mirror")
+    (folder.out / "previews").mkdir()
+    (folder.out / "previews" / "step-000002-0.jpg").write_bytes(b"here")
+    checkpoint.fetch(folder.mirror / "checkpoint-8", folder.out)
+    assert folder.local(folder.out / "checkpoint-8") == folder.out / "checkpoint-8"
+    assert names(folder.out) == ["checkpoint-2", "checkpoint-8"]
+    assert checkpoint.problem(folder.out / "checkpoint-2") is None
+    assert [path.read_bytes() for path in sorted((folder.out / "previews").iterdir())] == [b"mirror", b"here"]
+
+
+def test_links_in_a_folder_or_mirror_are_neither_copied_nor_emptied(folder, tmp_path):
+    precious = written(tmp_path / "somebody's", 1)
+    before = size(precious)
+    for place in (folder.out, folder.mirror):
+        (place / "checkpoint-1").symlink_to(precious)
+    for step in range(2, 12, 2):
+        folder.mirror_checkpoint(written(folder.out, step, best=1), 1)
+    assert names(folder.mirror) == ["checkpoint-6", "checkpoint-8", "checkpoint-10"]
+    assert size(precious) == before and (folder.mirror / "checkpoint-1").is_symlink()
+    assert folder.show.show.notes == []

@@ -20,8 +20,8 @@ NOW = 1000.0
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):
-    """time.time() stands still."""
-    monkeypatch.setattr(time, "time", lambda: NOW)
+    """time.monotonic() stands still."""
+    monkeypatch.setattr(time, "monotonic", lambda: NOW)
 
 
 def known(recipe, update=2.0, measure=10.0, save=1.0, begun=NOW):
@@ -144,3 +144,42 @@ def test_immediate_ends_with_its_block_and_does_not_start_after_a_signal():
         signal.raise_signal(signal.SIGINT)  # waits again
         with pytest.raises(session.Interrupted), interrupts.immediate():
             pytest.fail("the signal came before and was ignored")
+
+
+CASES = [(1, 1, 9), (3, 4, 24), (3, 4, 25), (7, 5, 35), (4, 6, 30), (50, 60, 9)]
+
+
+@pytest.mark.parametrize("save, measure, steps", CASES)
+def test_the_forecast_in_arithmetic_equals_counting(save, measure, steps):
+    forecast = known(plan(legs=(Leg(steps, 1e-4),), save_every=save, measure_every=measure))
+    for start in range(steps + 1):
+        for stop in range(start, steps + 1):
+            measured = {k for k in range(start + 1, stop + 1) if k % measure == 0 or k == steps}
+            saved = measured | {k for k in range(start + 1, stop + 1) if k % save == 0}
+            assert forecast.seconds(start, stop) == (stop - start) * 2 + len(measured) * 10 + len(saved)
+
+
+def test_a_million_steps_are_forecast_at_once():
+    forecast = known(plan(legs=(Leg(10**12, 1e-4),), max_minutes=60))
+    begun = time.perf_counter()
+    for _ in range(100):
+        text = forecast.sentence(5)
+    assert time.perf_counter() - begun < 0.5  # counted: hours
+    found = int(text.split()[-1])
+    assert forecast.seconds(5, found) <= 3600 < forecast.seconds(5, found + 1)
+
+
+@pytest.mark.parametrize("late", [60, 60.5, 10**6])
+def test_a_budget_that_is_past_at_the_forecast_ends_at_this_step(late):
+    text = known(plan(max_minutes=1), begun=NOW - late).sentence(5)
+    assert text.endswith("; the 1 minutes end near step 5")
+
+
+def test_a_clock_that_is_put_back_changes_no_duration(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: NOW - 7200)
+    forecast = known(plan(max_minutes=1), begun=NOW - 30)
+    assert forecast.elapsed() == 30 and forecast.budget_left() == 30
+
+
+def test_an_interrupt_is_never_taken_for_a_failure():
+    assert not issubclass(session.Interrupted, Exception)

@@ -31,15 +31,15 @@ def test_the_record_describes_the_run(plan, trained, examples):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_a_resumed_run_equals_an_uninterrupted_one(plan, trained, cache_folder, tmp_path, steps):
+def test_a_resumed_run_equals_an_uninterrupted_one(previewed, trained, cache_folder, tmp_path, steps):
     """The stock script starts the epoch again, in another order."""
     with pytest.raises(Stop):
-        train.train(plan, tmp_path, cache_folder, stop_after(steps))
+        train.train(previewed, tmp_path, cache_folder, stop_after(steps))
     assert not (tmp_path / lora.FILE).exists()
     for name in (".writing-4", ".old-checkpoint-0"):  # of a killed write, and of a killed removal
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "state.json").write_text("{")
-    record = train.train(plan, tmp_path, cache_folder)
+    record = train.train(previewed, tmp_path, cache_folder)
     assert same_adapter(tmp_path, trained.folder)
     assert record["losses"] == trained.record["losses"] and record["holdout"] == trained.record["holdout"]
     assert record["best_step"] == trained.record["best_step"]
@@ -58,9 +58,9 @@ def test_legs_can_be_added_later(plan, trained, cache_folder, tmp_path):
     assert list(record["holdout"]) == ["0", "4", "6"]
 
 
-def test_a_finished_run_is_not_trained_again(plan, trained, cache_folder):
+def test_a_finished_run_is_not_trained_again(previewed, trained, cache_folder):
     before, seen = trained.adapter.read_bytes(), []
-    record = train.train(plan, trained.folder, cache_folder, lambda phase, *_, **__: seen.append(phase))
+    record = train.train(previewed, trained.folder, cache_folder, lambda phase, *_, **__: seen.append(phase))
     assert "training" not in seen and trained.adapter.read_bytes() == before
     assert record["losses"] == trained.record["losses"]
 
@@ -322,7 +322,7 @@ def test_an_interrupt_within_a_step_discards_that_step(plan, trained, cache_fold
 
 def test_max_minutes_stop_the_run_cleanly(plan, trained, cache_folder, tmp_path, monkeypatch):
     clock = [1000.0]
-    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
     short = plan.replace(max_minutes=2)
     watcher = Watcher(lambda step: clock.__setitem__(0, clock[0] + 50))  # seconds a step
     record = train.train(short, tmp_path, cache_folder, watcher)
@@ -341,7 +341,7 @@ def test_each_session_makes_at_least_one_step(plan, cache_folder, tmp_path):
 
 def test_checkpoints_are_also_saved_by_the_clock(plan, cache_folder, tmp_path, monkeypatch):
     clock, saved = [1000.0], []
-    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
     real = checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda folder, k, *rest: saved.append(k) or real(folder, k, *rest))
     rare = plan.replace(save_every=100, save_minutes=1.5)
@@ -361,3 +361,62 @@ def test_finishing_loads_no_second_model(plan, cache_folder, tmp_path, monkeypat
     monkeypatch.setattr(run.validation, "preview", lambda done: None)
     run.to_the_end()
     assert run.finish()["step"] == 6 and (tmp_path / lora.FILE).is_file()
+
+
+def stubbed(run, act=lambda: None):
+    """The run with updates that compute nothing: `act()`, then a loss of 0.5."""
+    run.update = lambda: (act(), (0.5, 1.0))[1]
+    run.measure = lambda: None
+    return run
+
+
+class Unforeseen(Exception):
+    pass
+
+
+@pytest.mark.parametrize("half_changed, saved", [(False, [2, 3]), (True, [2])])
+def test_whatever_ends_the_loop_saves_first(plan, cache_folder, tmp_path, half_changed, saved):
+    def fail():
+        if run.step == 3:
+            run.half_changed = half_changed
+            raise Unforeseen
+
+    run = stubbed(train.begin(plan, tmp_path, cache_folder), fail)
+    with pytest.raises(Unforeseen):
+        run.to_the_end()
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == saved
+    assert len(checkpoint.read_state(checkpoint.newest([tmp_path]))["record"]["losses"]) == saved[-1]
+
+
+def test_the_error_that_ended_the_loop_is_raised_even_if_saving_fails_too(plan, cache_folder, tmp_path, monkeypatch):
+    def fail():
+        raise Unforeseen
+
+    run = stubbed(train.begin(plan, tmp_path, cache_folder), fail)
+    monkeypatch.setattr(run, "save", lambda: 1 / 0)
+    with pytest.raises(Unforeseen):
+        run.to_the_end()
+
+
+def test_news_that_cant_be_shown_end_no_training(plan, cache_folder, tmp_path):
+    errors = [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device"), KeyError("left")]
+
+    def show(*_, **__):
+        errors.append(errors.pop(0))
+        raise errors[-1]
+
+    first, show.note = errors[0], show
+    run = stubbed(train.begin(plan, tmp_path, cache_folder, show))
+    run.to_the_end()
+    assert run.finish()["step"] == 6 and (tmp_path / lora.FILE).is_file() and run.show.error is first
+
+
+def test_a_clock_that_is_put_back_changes_nothing(plan, cache_folder, tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(train.time, "time", lambda: 9000 - 100 * clock[0])
+    rare = plan.replace(save_every=100, save_minutes=1.5, max_minutes=6)
+    run = stubbed(train.begin(rare, tmp_path, cache_folder), lambda: clock.__setitem__(0, clock[0] + 50))
+    run.to_the_end()
+    assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == [2, 4, 6]
+    assert run.record["seconds"] == 300

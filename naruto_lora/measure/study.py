@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .. import data, gallery
 from . import metrics, similarity
@@ -38,13 +37,8 @@ def draw(pipe, models: dict[str, str], prompts: list[str], per_prompt: int, fold
     texts, drawn = repeated(prompts, per_prompt), {}
     for label, adapter in models.items():
         paths = gallery.draw_to(folder, pipe, texts, list(range(len(texts))), adapter, **options)
-        drawn[label] = [_opened(path) for path in paths]
+        drawn[label] = [picture.convert("RGB") for picture in gallery.load(paths)]
     return drawn
-
-
-def _opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def repeated(prompts: list[str], per_prompt: int) -> list[str]:

@@ -7,7 +7,7 @@ import statistics
 
 import torch
 
-from .. import files, models, pipeline, session, step
+from .. import files, models, pipeline, step
 from ..memory import gpu
 
 
@@ -27,11 +27,12 @@ class Validation:
 
         Returns the mean hold-out loss, or None without a hold-out.
         """
-        measured = record["holdout"]
+        measured = dict(record["holdout"])
         if len(self.held) and str(done) not in measured:
             measured[str(done)] = self.fallback.run(self._losses, done + 1).tolist()
         means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in measured.items()}
-        record["best_step"] = min((k for k in means if k), key=means.get, default=None)
+        best = min((k for k in means if k), key=means.get, default=None)
+        record.update(holdout=measured, best_step=best)  # both at once: an interrupt can come between two lines
         self.preview(done)
         return means.get(done)
 
@@ -46,6 +47,8 @@ class Validation:
         count = min(self.recipe.previews, len(source))
         paths = [self.folder.out / "previews" / f"step-{done:06d}-{k}.jpg" for k in range(count)]
         if all(path.exists() for path in paths):
+            for path in paths:  # a kill may have come before their copies
+                self.folder.mirror_file(path)
             return
         self.fallback.engine.release()
         gpu.free()
@@ -57,8 +60,6 @@ class Validation:
             for path, picture in zip(paths, pictures, strict=True):
                 files.replace(path, functools.partial(_save_jpeg, picture))
                 self.folder.mirror_file(path)
-        except session.Interrupted:
-            raise
         except Exception as error:  # of any kind: it must not end hours of training
             self.show.once(f"no previews ({type(error).__name__}: {str(error)[:100]}); the run continues")
 

@@ -9,6 +9,7 @@ In the order to read it:
 - `predict`: the memory that each way needs, calculated before a weight is loaded
 - `plan`: the first way that fits this card
 - `adam`: bitsandbytes' 8-bit Adam over joined tensors
+- `optimizer`: the optimizer that fits the machine, and its state for a checkpoint
 - `speed`: the speed of this machine, measured
 
 It imports `models`, `lora` and `step`; from `data` upward everything may import it.

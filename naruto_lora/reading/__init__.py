@@ -5,9 +5,9 @@
 - `folder`: a folder of pictures; captions in metadata.jsonl or in a .txt file beside each picture
 - `archive`: a .zip of such a folder, unpacked once
 - `table`: parquet files, or a data set on the hub, read by the `datasets` library
-- `picture`: one picture from its bytes: upright, in RGB, cropped; the buckets
+- `picture`: one picture from its bytes, of common formats alone: upright, in RGB, cropped; the buckets
 - `faults`: pictures and captions that may spoil a LoRA
 - `prompts`: prompts from a list or a file
 
-It imports `files` and `hub`. `data`, `cache` and `pipeline` import it.
+It imports `files` and `hub`. `data`, `cache`, `pipeline`, `gallery`, `show/` and `widgets/` import it.
 """

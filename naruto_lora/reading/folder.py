@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import reprlib
 from pathlib import Path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a letter that JSON can hold
 Row = tuple[str, object, Path | bytes]  # a picture's name, its caption (unchecked), its file or compressed bytes
 
 
@@ -19,10 +22,10 @@ def read(folder: Path) -> list[Row]:
         caption = captions.get(name) if captions is not None else _caption_beside(file)
         if caption is None:
             where = "in metadata.jsonl" if captions is not None else f"in '{file.with_suffix('.txt').name}' beside it"
-            raise ValueError(f"the picture '{name}' in '{folder}' has no caption; add one {where}")
+            raise ValueError(f"the picture {name!r} in '{folder}' has no caption; add one {where}")
         rows.append((name, caption, file))
     for name in sorted(set(captions or ()) - {name for name, *_ in rows}):
-        raise ValueError(f"metadata.jsonl in '{folder}' names '{name}', which is not there; add it or remove the line")
+        raise ValueError(f"metadata.jsonl in '{folder}' names {name!r}, which is not there; add it or remove the line")
     return rows
 
 
@@ -37,9 +40,12 @@ def _caption_beside(file: Path) -> str | None:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"the file '{file}' is not in UTF-8; save it again as UTF-8") from None
+        text = "\0"
+    if "\0" in text:  # UTF-16 without a mark reads as letters with NULs between them
+        raise ValueError(f"the file '{file}' is not in UTF-8; save it again as UTF-8")
+    return text
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -47,11 +53,23 @@ def _metadata(file: Path) -> dict[str, str]:
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            captions[row["file_name"]] = "" if row["text"] is None else row["text"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"line {number} of '{file}' must be one JSON object with 'file_name' and 'text'"
-            ) from None
+        name, caption = _entry(line, f"line {number} of '{file}'")
+        if name in captions:
+            raise ValueError(f"line {number} of '{file}' names {name!r} a second time; keep one of its lines")
+        captions[name] = caption
     return captions
+
+
+def _entry(line: str, where: str) -> tuple[str, object]:
+    """(file name, caption) of a line of metadata.jsonl; the caption is unchecked unless it is a text."""
+    try:
+        row = json.loads(line)
+        name, caption = row["file_name"], "" if row["text"] is None else row["text"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"{where} must be one JSON object with 'file_name' and 'text'") from None
+    if not isinstance(name, str):
+        raise ValueError(f"{where} has a 'file_name' that is not text but {reprlib.repr(name)}; write it as text")
+    for text in (name, caption):
+        if isinstance(text, str) and (found := NO_TEXT.search(text)):
+            raise ValueError(f"{where} holds {found[0]!r}, which is no letter; write the line again in UTF-8")
+    return name, caption

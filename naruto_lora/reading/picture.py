@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import io
 import math
+import struct
+import zlib
+from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-UNREADABLE = (OSError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for a bad picture
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no PostScript, which Pillow lets Ghostscript run
+DRAWN = ("PNG", "JPEG")  # those that this package writes
+UNREADABLE = (  # what Pillow raises for a bad picture
+    OSError, EOFError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+TURNED = (5, 6, 7, 8)  # Exif orientations whose width and height are swapped
+
+PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes; image editors write histories of more than Pillow's 1 MiB
+
+
+def opened(file: Path | io.BytesIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Pillow's picture of a file, not yet decoded, if it has one of `formats`. Raises UNREADABLE errors."""
+    try:
+        return Image.open(file, formats=formats)
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(f"no readable {', '.join(formats[:-1])} or {formats[-1]}") from None
+
+
+def loaded(file: Path | io.BytesIO) -> Image.Image:
+    """A picture that this package wrote, in memory; its file is closed again. Raises UNREADABLE errors."""
+    with opened(file, DRAWN) as image:
+        image.load()
+    return image
 
 
 def size(content: bytes) -> tuple[int, int]:
     """(height, width) in px of the upright picture, from its header. Raises UNREADABLE errors."""
-    with Image.open(io.BytesIO(content)) as image:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90 degrees
+    with opened(io.BytesIO(content)) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED
         return image.size if turned else image.size[::-1]
 
 
 def upright(content: bytes, mirrored: bool = False) -> Image.Image:
     """The picture upright, in RGB, transparent parts white. Raises UNREADABLE errors."""
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    image = ImageOps.exif_transpose(opened(io.BytesIO(content)))
     image = ImageOps.mirror(image) if mirrored else image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -29,9 +55,10 @@ def upright(content: bytes, mirrored: bool = False) -> Image.Image:
 
 def check(content: bytes) -> None:
     """Reads the whole picture, a JPEG at low resolution to save time. Raises UNREADABLE errors."""
-    with Image.open(io.BytesIO(content)) as image:
+    with opened(io.BytesIO(content)) as image:
         image.draft("RGB", (64, 64))
         image.load()
+        image.getexif()
 
 
 def crop(image: Image.Image, size: int | tuple[int, int]) -> tuple[Image.Image, tuple[int, ...]]:

@@ -19,7 +19,7 @@ def read_prompts(source: list[str] | str | Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         prompts = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    except ValueError:
+    except (ValueError, RecursionError):
         prompts = None
     if not prompts or not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"'{path}' holds no prompts; a .txt needs one per line, a .json a list of texts, in UTF-8")

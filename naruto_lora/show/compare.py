@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import data
 from ..measure.similarity import Copying
+from .report import readable
 
 INK, PAPER, MARGIN = "#1b1b1f", "#ffffff", 12
 
@@ -22,16 +23,17 @@ def grid(rows: dict[str, list[Image.Image]], captions: list[str] | None = None, 
     """
     count = max(len(pictures) for pictures in rows.values())
     font, small = ImageFont.load_default(size // 11 + 4), ImageFont.load_default(size // 18 + 5)
-    left = MARGIN * 2 + max(int(font.getlength(name)) for name in rows)
+    left = MARGIN * 2 + max(int(font.getlength(readable(name))) for name in rows)
     width = left + count * (size + MARGIN)
-    texts = [textwrap.fill(c, max(8, int(size / small.getlength("n"))), max_lines=9) for c in captions or ()]
+    letters = max(8, int(size / small.getlength("n")))
+    texts = [textwrap.fill(_cut(c, letters, 9), letters, max_lines=9) for c in captions or ()]
     line = small.getbbox("A")[3] + 4  # as Pillow spaces the lines of a text
     under = max((text.count("\n") + 1 for text in texts), default=0) * line + (small.getmetrics()[1] if texts else 0)
     sheet = Image.new("RGB", (width, MARGIN + len(rows) * (size + MARGIN) + under), PAPER)
     pen = ImageDraw.Draw(sheet)
     for r, (name, pictures) in enumerate(rows.items()):
         top = MARGIN + r * (size + MARGIN)
-        pen.text((MARGIN, top + size // 2), name, INK, font, anchor="lm")
+        pen.text((MARGIN, top + size // 2), readable(name), INK, font, anchor="lm")
         for c, picture in enumerate(pictures):
             sheet.paste(_enlarged(picture, size), (left + c * (size + MARGIN), top))
     for c, text in enumerate(texts):
@@ -118,8 +120,9 @@ def sheet(rows: list[tuple], columns: list[str], size: int = 256) -> Image.Image
 
 def _filled(text: str, font, width: int, lines: int = 4) -> str:
     """`text` wrapped to `width` px and cut after `lines` lines."""
-    letters = len(text)
-    while letters > 1:
+    text = _cut(text, int(width / font.getlength(".")), lines)
+    letters = max(3, len(text))  # as many as the placeholder has
+    while letters > 2:
         filled = textwrap.fill(text, letters, max_lines=lines, placeholder=" ...")
         if max(map(font.getlength, filled.split("\n"))) <= width:
             return filled
@@ -127,8 +130,17 @@ def _filled(text: str, font, width: int, lines: int = 4) -> str:
     return text[:1]
 
 
+def _cut(text: str, letters: int, lines: int) -> str:
+    """`text` on one line, without the rest that can't be in its first `lines` lines of at most `letters` letters.
+
+    Wrapped and cut, it gives the same lines as the whole text, which may have 10,000 words.
+    """
+    return readable(text)[: (letters + 1) * (lines + 1)]
+
+
 def _short(label: str, font, width: int) -> str:
     """`label`, its end cut off if it is wider than `width` px."""
+    label = _cut(label, int(width / font.getlength(".")), 1)
     if font.getlength(label) <= width:
         return label
     while label and font.getlength(label + "...") > width:
@@ -159,7 +171,7 @@ def show(picture: Image.Image, quality: int = 80) -> None:
 def slider(before: Image.Image, after: Image.Image, labels: tuple[str, str] = ("base", "LoRA"), size: int = 384) -> str:
     """HTML of two pictures under a slider: drag, tap or use the arrow keys. It needs no kernel and no network."""
     first, second = (data_url(picture, size) for picture in (before, after))
-    left, right = (html.escape(label) for label in labels)
+    left, right = (html.escape(readable(label)) for label in labels)
     tag = "position:absolute;top:8px;max-width:45%;padding:2px 8px;border-radius:4px;background:#000b;color:#fff"
     # sets every property that matters, so that the outer page's styles for img and input have no effect
     fill = "position:absolute;left:0;top:0;width:100%;height:100%;max-width:none;margin:0;border:0;padding:0"
@@ -181,11 +193,11 @@ border-radius:14px;background:#fff;color:#111;box-shadow:0 0 4px #000">&#8596;</
 def cards(drawn: dict[str, Image.Image], size: int = 320) -> str:
     """HTML of labelled pictures side by side, as many in a row as fit; a click or Enter enlarges one."""
     figures = "".join(
-        f"""<figure style="margin:0;min-width:0"><img src="{data_url(picture, size)}" alt="{html.escape(name)}"
+        f"""<figure style="margin:0;min-width:0"><img src="{data_url(picture, size)}" alt="{name}"
  tabindex="0" title="click to enlarge" onclick="{_ZOOM}" onkeydown="if(event.key=='Enter'){{{_ZOOM}}}"
  style="display:block;width:100%;max-width:none;margin:0;cursor:zoom-in;{_crisp(picture, size)}">\
-<figcaption style="padding:4px 0;text-align:center;overflow-wrap:anywhere">{html.escape(name)}</figcaption></figure>"""
-        for name, picture in drawn.items()
+<figcaption style="padding:4px 0;text-align:center;overflow-wrap:anywhere">{name}</figcaption></figure>"""
+        for name, picture in ((html.escape(readable(label)), picture) for label, picture in drawn.items())
     )
     columns = f"repeat(auto-fill,minmax(min({size}px,calc({100 / max(1, min(3, len(drawn))):.0f}% - 8px)),1fr))"
     return f"""<div style="{_SHRINK}"><div style="display:grid;gap:8px;grid-template-columns:{columns};\

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from .. import files, hub, lora
 from ..measure import verdict
-from . import compare
+from . import compare, report
 
+UNPRINTABLE = re.compile("[^\x20-\x7e\xa0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\ufefe\uff00-\ufffd"
+                         "\U00010000-\U0010ffff]")  # letters that YAML or a terminal can't take as they are
 CANNOT = "it can't say"
 USE = """```python
 import torch
@@ -39,12 +41,16 @@ def write(folder: str | Path, run: dict, record: dict, label: str, drawn: dict[s
         files.replace(folder / name, lambda path, p=picture: path.write_bytes(compare.jpeg(p)))
     widget = [{"text": prompts[k // per_prompt], "output": {"url": f"images/{n}.jpg"}} for n, k in enumerate(places)]
     text = "\n".join([_front(recipe, widget), _body(run, record, label, base, prompts[0])])
+    text = report.HIDDEN.sub("", text)
     files.replace(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     return folder / "README.md"
 
 
 def _front(recipe: dict, widget: list[dict]) -> str:
-    """The YAML front matter for the hub, written with JSON strings, which are valid YAML."""
+    """The YAML front matter for the hub, written with JSON strings, which are valid YAML if they are printable.
+
+    (With `ensure_ascii` an emoji would become two halves, which Python's YAML doesn't join.)
+    """
     fields = {
         "license": "openrail++" if recipe["base"].startswith("stabilityai/stable-diffusion-xl") else None,
         "library_name": "diffusers",
@@ -53,21 +59,26 @@ def _front(recipe: dict, widget: list[dict]) -> str:
         "datasets": [recipe["dataset"]] if hub.is_repository(recipe["dataset"]) else None,
         "widget": widget,
     }  # fmt: skip
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value]
+    written = {key: json.dumps(value, ensure_ascii=False) for key, value in fields.items() if value}
+    lines = [f"{key}: {UNPRINTABLE.sub(_escaped, text)}" for key, text in written.items()]
     return "\n".join(["---", *lines, "---", ""])
+
+
+def _escaped(letter: re.Match) -> str:
+    return f"\\u{ord(letter[0]):04x}"
 
 
 def _body(run: dict, record: dict, label: str, base: str, prompt: str) -> str:
     recipe, figures = run["recipe"], {name: record["figures"][name] for name in (base, label)}
     said = [sentence for sentence in record["verdict"] if sentence.startswith((f"{label} against {base}", f"{label}:"))]
     row = next((row for row in record["runs"] if row["model"] == label), {})
-    vae = recipe["vae"]
+    vae, base_model = (name if not name or hub.is_repository(name) else other
+                       for name, other in ((recipe["vae"], "THE_VAE"), (recipe["base"], "THE_BASE")))
     use = USE.format(
         vae=f"vae = AutoencoderKL.from_pretrained({json.dumps(vae)}, torch_dtype=torch.float16)\n" if vae else "",
         with_vae="vae=vae, " if vae else "", names="AutoencoderKL, DiffusionPipeline" if vae else "DiffusionPipeline",
-        base=json.dumps(recipe["base"] if hub.is_repository(recipe["base"]) else "THE_BASE"), name=recipe["name"],
-        file=lora.FILE,
-        prompt=json.dumps(prompt, ensure_ascii=False), steps=record["settings"].get("steps", 30),
+        base=json.dumps(base_model), name=recipe["name"], file=lora.FILE,
+        prompt=json.dumps(report.readable(prompt), ensure_ascii=False), steps=record["settings"].get("steps", 30),
         guidance=record["settings"].get("guidance_scale", 5.0),
     )  # fmt: skip
     data = recipe["dataset"] if hub.is_repository(recipe["dataset"]) else "a local data set"

@@ -46,6 +46,7 @@ def write(path: str | Path, record: dict, drawn: dict[str, list], prompts: list[
     title = html.escape(" and ".join(drawn))
     text = f"<!doctype html><html lang=en><head>{head}<title>{title}</title><style>{STYLE}</style></head>" \
            f"<body>{''.join(parts)}</body></html>"
+    text = report.HIDDEN.sub("", text)
     files.replace(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return Path(path)
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import html
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import files
+from ..reading.picture import UNREADABLE, loaded
 
 if TYPE_CHECKING:
     import numpy as np
 
 
+HIDDEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
+RECORD = ("losses", "holdout", "best_step", "seconds", "recipe", "step", "pictures", "device")  # keys of run.json
 BINS = ("0-249", "250-499", "500-749", "750-999")  # noise levels: the timesteps of each hold-out column
 
 
@@ -34,7 +38,6 @@ def curves(records: dict[str, dict], smoothing: int = 20):
 
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from PIL import Image
 
     measured = any(len(record["holdout"]) for record in records.values())
     with rc_context({"font.size": 12, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}):
@@ -53,7 +56,7 @@ def curves(records: dict[str, dict], smoothing: int = 20):
                         handlelength=1.5, handletextpad=0.5, ncols=1 if axes is panels[0] and len(records) == 1 else 2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    return loaded(buffer)
 
 
 def _draw_losses(axes, record: dict, prefix: str, colour: str, smoothing: int) -> list[float]:
@@ -193,15 +196,26 @@ def overfitting(record: dict) -> str:
     )
 
 
-def previews(folder: str | Path) -> dict[int, list]:
-    """The previews {step: PIL pictures, in the order of prompts} of the run in `folder`, for `over_time`."""
-    from PIL import Image
+def previews(folder: str | Path, columns: int = 4) -> dict[int, list]:
+    """The previews {step: PIL pictures, in the order of prompts} of the run in `folder`, for `over_time`.
 
+    Of more than `columns` steps only those that `over_time` shows are read. A picture that can't be read is None.
+    """
     found = {}
     for file in (Path(folder) / "previews").glob("step-*-*.jpg"):
-        step, number = map(int, file.stem.split("-")[1:])
-        found.setdefault(step, {})[number] = Image.open(file)
-    return {step: [picture for _, picture in sorted(found[step].items())] for step in sorted(found)}
+        named = re.fullmatch(r"step-(\d+)-(\d+)", file.stem)
+        if named and file.stat().st_size:  # a full disk leaves files of length 0
+            found.setdefault(int(named[1]), {})[int(named[2])] = file
+    steps, count = sorted(found), min(columns, len(found))
+    steps = [steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)]
+    return {step: [_readable(file) for _, file in sorted(found[step].items())] for step in steps}
+
+
+def _readable(file: Path):
+    try:
+        return loaded(file)
+    except UNREADABLE:
+        return None
 
 
 def plan(made):
@@ -221,9 +235,22 @@ def plan(made):
 
 
 def record_of(folder: str | Path) -> dict | None:
-    """The record (run.json) of the run in `folder`; None if there is none."""
+    """The record (run.json) of the run in `folder`; None if there is none. Raises ValueError for a damaged one."""
     file = Path(folder) / "run.json"
-    return files.read_json(file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        record = files.read_json(file)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("recipe"), dict) or not set(RECORD) <= set(record):
+        raise ValueError(f"'{file}' is damaged: train with the same settings again, which only writes this file anew")
+    return record
+
+
+def readable(text: str) -> str:
+    """`text` on one line, without the control letters that steer a terminal or change the direction of writing."""
+    return HIDDEN.sub("", " ".join(text.split()))
 
 
 def table(rows: list[dict]):
@@ -233,7 +260,7 @@ def table(rows: list[dict]):
 
 class _Table:
     def __init__(self, rows: list[dict]):
-        self.rows = [{key: str(value) for key, value in row.items()} for row in rows]
+        self.rows = [{key: readable(str(value)) for key, value in row.items()} for row in rows]
 
     def __repr__(self) -> str:
         names = list(self.rows[0])

@@ -15,6 +15,8 @@ from pathlib import Path
 import nbformat
 from PIL import Image
 
+from ..reading.picture import loaded
+
 SIDE, QUALITY = 512, 82  # px of a picture's longer side; JPEG
 ADDED = ("injected-parameters", "executed")  # tags of cells that the source doesn't have
 PICTURES = ("image/png", "image/jpeg")
@@ -93,7 +95,7 @@ def _address(encoded: str) -> str:
 
 
 def _jpeg(content: bytes) -> bytes:
-    image = Image.open(io.BytesIO(content)).convert("RGB")
+    image = loaded(io.BytesIO(content)).convert("RGB")
     image.thumbnail((SIDE, SIDE), Image.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=QUALITY, optimize=True)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from PIL import Image
 
 from .. import files
+from ..reading.picture import loaded
+
+NEEDED = {"id": str, "prompt": str, "seed": int, "pictures": dict}  # what a set must have
+SETTINGS = {"steps": int, "guidance_scale": (int, float), "scheduler": str, "resolution": int}  # what it may have
 
 
 class Album:
-    """A folder of PNGs; sets.jsonl with one line a set (incomplete lines are skipped); favourites.json.
+    """A folder of PNGs; sets.jsonl with one line a set (odd or incomplete lines are skipped); favourites.json.
 
     A set is {"id", "prompt", "seed", ..., "pictures": {label: file name}}; the newest is last.
     """
@@ -24,14 +29,18 @@ class Album:
         self.favourites = set(self._read_favourites())
 
     def _is_complete(self, row: dict) -> bool:
-        pictures = row.get("pictures") or {"": ""}
-        return "id" in row and all((self.folder / name).is_file() for name in pictures.values())
+        kinds = NEEDED | {key: kind for key, kind in SETTINGS.items() if key in row}
+        return all(isinstance(row.get(key), kind) for key, kind in kinds.items()) and bool(row["pictures"]) and all(
+            isinstance(name, str) and Path(name).name == name and os.path.isfile(self.folder / name)
+            for name in row["pictures"].values()
+        )
 
     def _read_favourites(self) -> list[str]:
         try:
-            return json.loads((self.folder / "favourites.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads((self.folder / "favourites.json").read_bytes())
+        except (OSError, ValueError, RecursionError):
             return []
+        return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
 
     def add(self, settings: dict, drawn: dict[str, Image.Image]) -> str:
         """Saves a set; returns its id, a hash of its settings and labels. Raises OSError."""
@@ -48,7 +57,7 @@ class Album:
 
     def pictures(self, name: str) -> dict[str, Image.Image]:
         """{label: picture} of a set."""
-        return {label: Image.open(self.folder / file) for label, file in self.sets[name]["pictures"].items()}
+        return {label: loaded(self.folder / file) for label, file in self.sets[name]["pictures"].items()}
 
     def set_favourite(self, name: str, favourite: bool = True) -> None:
         """Adds a set to the favourites, or removes it from them. Raises OSError."""
@@ -68,16 +77,16 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSON lines file; none if there is no file. Incomplete lines are skipped."""
+    """The objects of a JSON lines file; none if there is no file. Odd or incomplete lines are skipped."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_bytes().splitlines()  # only at \n and \r: text may contain other line breaks
     except FileNotFoundError:
         return []
     rows = []
     for line in lines:
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in rows if isinstance(row, dict)]
 
@@ -89,4 +98,5 @@ def append_line(file: Path, row: dict) -> None:
         text = "\n" + text
     with open(file, "a", encoding="utf-8") as handle:
         handle.write(text)
-    files.flush(file)
+        handle.flush()
+        os.fsync(handle.fileno())

@@ -7,6 +7,7 @@ import html
 import ipywidgets as widgets
 
 from ..show import compare
+from ..show.report import readable
 from .viewer import row, status
 from .votes import EQUAL, Votes
 
@@ -59,7 +60,7 @@ class BlindVote:
             self._say(str(self.votes))
             return
         pictures = {"left": pair.pictures[pair.left], "right": pair.pictures[pair.right]}
-        asked = f"Which picture do you prefer for <b>{html.escape(pair.prompt)}</b>?"
+        asked = f"Which picture do you prefer for <b>{html.escape(readable(pair.prompt))}</b>?"
         cards = compare.cards(pictures, self.size)
         self.question.value = f"<div style='line-height:1.4;margin:4px 0'>{asked}</div>{cards}"
         self._say(f"You have voted on {done} of {total} pairs; the votes are saved in {self.votes.file.name}.")

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import ipywidgets as widgets
 
+from ..reading.picture import UNREADABLE
 from ..show import compare
+from ..show.report import readable
 from .album import Album
 
 WIDE = "min(100%, 736px)"
@@ -83,8 +85,8 @@ class Viewer:
             return
         try:
             self.show(self.album.pictures(name), self.album.sets[name]["prompt"], _settings(self.album.sets[name]))
-        except OSError as error:
-            self.say(f"This set's pictures can't be read ({error.strerror or error}).", wrong=True)
+        except UNREADABLE as error:
+            self.say(f"This set's pictures can't be read ({getattr(error, 'strerror', None) or error}).", wrong=True)
         self.favourite.value = name in self.album.favourites
 
     def _save_favourite(self, change) -> None:
@@ -101,7 +103,7 @@ class Viewer:
         """Shows {label: picture} under the prompt and its settings."""
         self.shown = dict(drawn)
         small = f"<div style='opacity:.75;font-size:.9em'>{html.escape(settings)}</div>" if settings else ""
-        self.caption = f"<div style='line-height:1.4;margin:4px 0'>{html.escape(prompt)}{small}</div>"
+        self.caption = f"<div style='line-height:1.4;margin:4px 0'>{html.escape(readable(prompt))}{small}</div>"
         self.filling, names = True, list(drawn)
         for side, default in ((self.left, names[0]), (self.right, names[-1])):
             side.options = names
@@ -138,9 +140,12 @@ def status(text: str, wrong: bool = False) -> str:
 
 
 def brief(text: str, length: int = 90) -> str:
+    text = readable(text)
     return text if len(text) <= length else text[: length - 3].rstrip() + "..."
 
 
 def _settings(row: dict) -> str:
-    return (f"seed {row['seed']}, {row['steps']} steps, guidance {row['guidance_scale']:g}, {row['scheduler']}, "
-            f"{row['resolution']} px")
+    texts = {"seed": "seed {}", "steps": "{} steps", "guidance_scale": "guidance {}", "scheduler": "{}",
+             "resolution": "{} px"}
+    parts = [(text, row[key]) for key, text in texts.items() if key in row]
+    return readable(", ".join(text.format(f"{x:g}" if isinstance(x, float) else x) for text, x in parts))

@@ -46,7 +46,8 @@ class Votes:
         for prompt, *pictures in zip(captions, *(drawn[label] for label in self.models), strict=True):
             digest = hashlib.sha256(b"".join(picture.tobytes() for picture in pictures)).hexdigest()[:16]
             self.pairs[digest] = (prompt, dict(zip(self.models, pictures, strict=True)))
-        known = {row.get("pair"): row for row in read_lines(self.file) if row.get("vote") in (*self.models, EQUAL)}
+        known = {row["pair"]: row for row in read_lines(self.file)
+                 if isinstance(row.get("pair"), str) and row.get("vote") in (*self.models, EQUAL)}
         self.cast = {key: known[key]["vote"] for key in self.pairs if key in known}
         self.order = [key for key in self.pairs if key not in self.cast]
         self.rng.shuffle(self.order)

@@ -48,8 +48,8 @@ def short(rows: list[dict[str, str]]) -> str:
     (first, careful), (first_256, careful_256) = shares.values()
     sentence = (
         f"**By our model of a T4, a step of `{RECIPES[0]}` takes {first:.2f} of the time of diffusers' "
-        f"`train_text_to_image_lora_sdxl.py` as it comes, and {careful:.2f} of the time of the same step with its inputs "
-        f"encoded once**, as careful users and other trainers run it (timed with our own plain step); for "
+        f"`train_text_to_image_lora_sdxl.py` as it comes, and {careful:.2f} of the time of the same step with its "
+        f"inputs encoded once**, as careful users and other trainers run it (timed with our own plain step); for "
         f"`{RECIPES[1]}` it is {first_256:.2f} and {careful_256:.2f}. All use 8-bit Adam; the first two gradient "
         f"checkpointing, while naruto_lora recomputes nothing where the card has room, and so takes more memory."
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from helpers import Watcher, same_adapter
 from PIL import Image
 
-from naruto_lora import checkpoint, models, pipeline, train
+from naruto_lora import checkpoint, models, pipeline, session, train
 from naruto_lora.measure import validation
 from naruto_lora.recipe import Leg
 
@@ -95,13 +96,13 @@ def test_previews_are_drawn_as_the_pipeline_draws(plan, trained, examples):
     assert names == [f"step-{k:06d}-{n}.jpg" for k in (0, 6) for n in (0, 1)]
 
 
-def test_failed_previews_do_not_stop_training(plan, trained, cache_folder, tmp_path, monkeypatch):
+def test_failed_previews_do_not_stop_training(previewed, trained, cache_folder, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(validation, "draw_previews", fail)
     watcher = Watcher()
-    train.train(plan, tmp_path, cache_folder, watcher)
+    train.train(previewed, tmp_path, cache_folder, watcher)
     assert same_adapter(tmp_path, trained.folder)
     message = "no previews (OutOfMemoryError: CUDA out of memory); the run continues"
     assert [text for text in watcher.notes if "previews" in text] == [message]
@@ -122,15 +123,18 @@ def test_an_interrupted_measurement_is_repeated_on_resuming(
 
     monkeypatch.setattr(validation, "holdout_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train(plan, tmp_path / "cut", cache_folder)
+        train.train(plan, tmp_path / "cut", cache_folder, mirror=tmp_path / "mirror")
     assert str(at) not in checkpoint.read_state(tmp_path / "cut" / f"checkpoint-{at}")["record"]["holdout"]
     monkeypatch.undo()
-    record = train.train(plan, tmp_path / "cut", cache_folder)
+    record = train.train(plan, tmp_path / "cut", cache_folder, mirror=tmp_path / "mirror")
     assert record["holdout"] == whole["holdout"] and record["best_step"] == whole["best_step"]
+    for folder in ("cut", "mirror"):  # the checkpoint learned it too
+        state = checkpoint.read_state(checkpoint.newest([tmp_path / folder]))
+        assert state["record"]["holdout"] == whole["holdout"] and state["record"]["best_step"] == whole["best_step"]
 
 
-def test_there_are_no_half_written_previews(plan, cache_folder, tmp_path, monkeypatch):
-    run = train.begin(plan, tmp_path, cache_folder)
+def test_there_are_no_half_written_previews(previewed, cache_folder, tmp_path, monkeypatch):
+    run = train.begin(previewed, tmp_path, cache_folder)
 
     def cut(picture, file, *_, **__):
         with open(file, "wb") as handle:
@@ -141,3 +145,32 @@ def test_there_are_no_half_written_previews(plan, cache_folder, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         run.validation.preview(0)
     assert not list((tmp_path / "previews").iterdir())
+
+
+def test_previews_that_a_kill_left_without_a_copy_are_copied(previewed, encoded, tmp_path):
+    folder = checkpoint.RunFolder(tmp_path / "run", tmp_path / "mirror")
+    (folder.out / "previews").mkdir()
+    for k in range(previewed.previews):
+        (folder.out / "previews" / f"step-000004-{k}.jpg").write_bytes(b"drawn")
+    run = validation.Validation(previewed, None, encoded, encoded, None, None, folder, None)
+    run.preview(4)
+    copies = sorted((folder.mirror / "previews").iterdir())
+    assert [path.name for path in copies] == [f"step-000004-{k}.jpg" for k in range(previewed.previews)]
+    assert all(path.read_bytes() == b"drawn" for path in copies)
+
+
+def test_a_measurement_and_the_best_step_enter_the_record_together(plan, encoded, monkeypatch):
+    def interrupt(*_):
+        raise session.Interrupted
+
+    fallback = types.SimpleNamespace(run=lambda *_: torch.ones(2, 4))
+    run = validation.Validation(plan, None, encoded, encoded, None, fallback, None, None)
+    record = {"holdout": {"0": [[2.0]]}, "best_step": None}
+    monkeypatch.setattr(validation.statistics, "fmean", interrupt)
+    with pytest.raises(session.Interrupted):
+        run.measure(4, record)
+    assert record == {"holdout": {"0": [[2.0]]}, "best_step": None}
+    monkeypatch.undo()
+    monkeypatch.setattr(run, "preview", lambda done: None)
+    assert run.measure(4, record) == 1
+    assert list(record["holdout"]) == ["0", "4"] and record["best_step"] == 4

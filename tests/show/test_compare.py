@@ -2,11 +2,14 @@
 
 import base64
 import io
+import random
 import re
+import textwrap
+import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from naruto_lora.show import compare
 
@@ -168,3 +171,52 @@ def test_a_grids_captions_are_not_cut():
         sheet = compare.grid({"a": [Image.new("RGB", (64, 64))]}, ["gypsy " * words], size=256)
         last = np.asarray(sheet.convert("L"))[-2:]
         assert (last == last.max()).all(), words
+
+
+def slowly(text, font, width, lines=4):
+    """`_filled` without its shortcut."""
+    letters = len(text)
+    while letters > 2:
+        filled = textwrap.fill(text, letters, max_lines=lines, placeholder=" ...")
+        if max(map(font.getlength, filled.split("\n"))) <= width:
+            return filled
+        letters = min(letters - 1, int(letters * 0.95))
+    return text
+
+
+@pytest.mark.parametrize("words", [1, 3, 30, 70, 300])
+def test_a_caption_is_wrapped_and_cut_as_a_whole(words):
+    font, rng = ImageFont.load_default(24), random.Random(words)
+    for letters in ("il.", "abcdefgh", "WM", "少女é"):
+        text = " ".join("".join(rng.choices(letters, k=rng.randint(1, 14))) for _ in range(words))
+        filled = compare._filled(text, font, 800)
+        if 2 < len(text) < 700:
+            assert filled == slowly(text, font, 800), text
+        if words == 300:  # it has its four lines, each as full as its next word allows
+            lines = filled.split("\n")
+            assert len(lines) == 4 and text.startswith(filled.replace("\n", " ").removesuffix(" ..."))
+            assert all(500 < font.getlength(line) <= 800 for line in lines) and filled.endswith(" ...")
+
+
+def test_a_caption_of_10000_words_costs_milliseconds():
+    text = "word " * 10_000
+    begun = time.process_time()
+    sheet = compare.sheet([(text, plain("red", "lime"))] * 3, [text, "LoRA"], 256)
+    assert time.process_time() - begun < 0.5
+    assert sheet.size == compare.sheet([("word " * 90, plain("red", "lime"))] * 3, ["base", "LoRA"], 256).size
+
+
+@pytest.mark.parametrize("text", ["", "a", "ab", "WWW", "少女", "W" * 2000])
+def test_a_very_short_or_wide_caption_is_written(text):
+    sheet = compare.beside({"base": plain("red"), "LoRA": plain("blue")}, [text], size=40)
+    assert set(boxes(sheet)) == {"red", "blue"} and (np.asarray(sheet)[:, -1] == 255).all()
+
+
+def test_labels_and_captions_are_on_one_line_without_letters_that_steer(monkeypatch):
+    written, odd = [], "a\x1b[31m\nb \u202ec\ud800"
+    monkeypatch.setattr(compare.ImageDraw.ImageDraw, "text", lambda pen, place, text, *_, **__: written.append(text))
+    compare.grid({odd: plain("red")}, [odd], 256)
+    compare.strip(plain("red"), [odd], odd, 256)
+    assert set(written) - {""} == {"a[31m b c"}
+    for html in (compare.cards({odd: plain("red")[0]}), compare.slider(*plain("red", "blue"), (odd, odd))):
+        assert html.count("a[31m b c") >= 2 and not set(html) & set("\x1b\u202e\ud800")

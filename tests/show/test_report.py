@@ -1,5 +1,6 @@
 """A run as curves, tables, sentences and JSON."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 
 from naruto_lora import files
 from naruto_lora.measure import metrics
-from naruto_lora.show import report
+from naruto_lora.show import compare, report
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,6 +154,36 @@ def test_previews_are_read_by_step_and_prompt(tmp_path):
     assert report.previews(tmp_path / "none") == {}
 
 
+def test_previews_that_are_shown_are_read_and_closed(tmp_path, monkeypatch):
+    """Of a hundred steps the four that `over_time` shows."""
+    (tmp_path / "previews").mkdir()
+    for step in range(0, 1000, 10):
+        Image.new("RGB", (16, 16), (step // 4, 0, 0)).save(tmp_path / "previews" / f"step-{step:06d}-0.jpg")
+    read, loaded = [], report.loaded
+    monkeypatch.setattr(report, "loaded", lambda file: (read.append(file.stem), loaded(file))[1])
+    files_open = len(os.listdir("/proc/self/fd"))
+    found = report.previews(tmp_path)
+    assert list(found) == [0, 330, 660, 990] and len(read) == 4 and len(os.listdir("/proc/self/fd")) == files_open
+    assert found[990][0].getpixel((8, 8))[0] > 230
+    whole = report.previews(tmp_path, 1000)
+    assert list(whole) == list(range(0, 1000, 10))
+    one, all_ = compare.over_time(found, ["x"], 64), compare.over_time(whole, ["x"], 64)
+    assert one.size == all_.size and one.tobytes() == all_.tobytes()
+
+
+def test_previews_that_can_not_be_read_are_passed_over(tmp_path):
+    (tmp_path / "previews").mkdir()
+    for step in (0, 10, 20):
+        for number in (0, 1):
+            Image.new("RGB", (16, 16), "red").save(tmp_path / "previews" / f"step-{step:06d}-{number}.jpg")
+    (tmp_path / "previews" / "step-000010-0.jpg").write_bytes(b"no picture")
+    for name in ("step-000020-0.jpg", "step-000020-1.jpg", "step-x-y.jpg"):
+        (tmp_path / "previews" / name).write_bytes(b"")
+    found = report.previews(tmp_path)
+    assert list(found) == [0, 10] and found[10][0] is None and found[10][1].getpixel((8, 8))[0] > 200
+    assert compare.over_time(found, ["a", "b"], 32).height == compare.over_time({0: found[0]}, ["a", "b"], 32).height
+
+
 def test_a_table_escapes_html_and_aligns_its_text():
     shown = report.table([{"model": "<b>", "loss": metrics.Figure(1, 0.5, 2, 3)}, {"model": "LoRA & co", "loss": ""}])
     html = shown._repr_html_()
@@ -167,6 +198,28 @@ def test_json_holds_figures_and_arrays_and_reads_back(tmp_path):
     read = files.read_json(file)
     assert read["f"] == {"value": 1.5, "low": 1, "high": 2, "n": 9}
     assert read["a"] == [0, 1, 2] and read["n"] == 0.5 and read["p"] == str(tmp_path) and read["é"] == "é"
+
+
+@pytest.mark.parametrize("content", [
+    b"", b'{"losses": [1.0, 2', b"\0" * 400, b"\xff\xfe", b"null", b"[1]", b"5", b"[" * 100_000, b'{"losses": [1.0]}',
+], ids=range(9))  # fmt: skip
+def test_a_damaged_record_is_named_with_its_fix(tmp_path, content):
+    assert report.record_of(tmp_path) is None
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=f"'{tmp_path}/run.json' is damaged: train with the same settings again, whi"):
+        report.record_of(tmp_path)
+
+
+def test_a_whole_record_is_read(tmp_path):
+    whole = record({0: 1.0}) | {"seconds": 5.0, "pictures": {}, "device": "CPU", "more": "of a newer version"}
+    files.write_json(tmp_path / "run.json", whole)
+    assert report.record_of(tmp_path) == whole
+
+
+def test_a_table_has_no_letter_that_steers_a_terminal():
+    shown = report.table([{"caption": "a\x1b[2J\x07 \u202eman\nb", "n": 1}, {"caption": "é 少女 😀", "n": 2}])
+    assert repr(shown).splitlines() == ["caption     n", "a[2J man b  1", "é 少女 😀      2"]
+    assert "a[2J man b<" in shown._repr_html_()
 
 
 def test_importing_report_needs_no_matplotlib():

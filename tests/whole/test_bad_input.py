@@ -74,6 +74,36 @@ class Folder:
     def other_names(self):
         self.write({"file_name": "a.jpg", "text": "one"}, {"image": "b.jpg", "caption": "two"})
 
+    def twice(self):
+        self.write(*[{"file_name": f"{name}.jpg", "text": "one"} for name in "aba"])
+
+    def number_as_name(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, {"file_name": 5, "text": "two"})
+
+    def half_a_letter(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, {"file_name": "b.jpg", "text": "two \ud83d"})
+
+    def half_a_letter_in_the_name(self):
+        self.write({"file_name": "a\udce4.jpg", "text": "one"})
+
+    def nul(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, {"file_name": "b.jpg", "text": "\0\0"})
+
+    def nested(self):
+        self.write({"file_name": "a.jpg", "text": "one"}, raw="[" * 100_000)
+
+    def nested_caption(self):
+        self.write({"file_name": "a.jpg", "text": "one"},
+                   raw='{"file_name": "b.jpg", "text": ' + "[" * 900 + "]" * 900 + "}")
+
+    def nul_text_file(self):
+        self.no_text_file()
+        (self.path / "b.txt").write_bytes(bytes(40))
+
+    def utf_16(self):
+        self.no_text_file()
+        (self.path / "b.txt").write_bytes("a boat".encode("utf-16-le"))
+
     def list_line(self):
         self.write({"file_name": "a.jpg", "text": "one"}, raw='["b.jpg", "two"]')
 
@@ -93,6 +123,15 @@ class Folder:
         ("absent", ValueError, ("names 'b.jpg', which is not there", "remove the line")),
         ("broken", ValueError, ("line 2 of", "metadata.jsonl", "'file_name' and 'text'")),
         ("other_names", ValueError, ("line 2 of", "'file_name' and 'text'")),
+        ("twice", ValueError, ("line 3 of", "metadata.jsonl' names 'a.jpg' a second time; keep one")),
+        ("number_as_name", ValueError, ("line 2 of", "'file_name' that is not text but 5")),
+        ("half_a_letter", ValueError, ("line 2 of", "metadata.jsonl' holds '\\ud83d', which is no letter")),
+        ("half_a_letter_in_the_name", ValueError, ("line 1 of", "metadata.jsonl' holds '\\udce4'")),
+        ("nul", ValueError, ("line 2 of", "metadata.jsonl' holds '\\x00', which is no letter")),
+        ("nested", ValueError, ("line 2 of", "metadata.jsonl' must be one JSON object")),
+        ("nested_caption", ValueError, ("caption of 'b.jpg' is not text but [[[", "make it text")),
+        ("nul_text_file", ValueError, ("b.txt' is not in UTF-8; save it again",)),
+        ("utf_16", ValueError, ("b.txt' is not in UTF-8",)),
         ("list_line", ValueError, ("line 2 of", "'file_name' and 'text'")),
     ],
 )
@@ -122,6 +161,13 @@ def test_a_data_set_that_is_not_on_the_hub():
     with pytest.raises(FileNotFoundError, match="'nobody/nothing' is no folder here, and can't be downl") as caught:
         data.load("nobody/nothing")
     assert "downloaded from the hub" in str(caught.value) and "check the name and the network" in sentence(caught)
+
+
+def test_prompts_nested_too_deep(tmp_path):
+    (tmp_path / "prompts.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="prompts.json' holds no prompts") as caught:
+        pipeline.read_prompts(tmp_path / "prompts.json")
+    sentence(caught)
 
 
 def test_parquet_without_captions(tmp_path, monkeypatch):

@@ -113,6 +113,10 @@ def same_files(one, two):
     return all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
+def previews(folder):
+    return {path.name: path.read_bytes() for path in (folder / "previews").iterdir()}
+
+
 @pytest.mark.parametrize("kills, steps", [(3, 10), pytest.param(20, 40, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(plan, tmp_path, kills, steps):
     plan = long_plan(plan, steps)
@@ -126,5 +130,9 @@ def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(plan, tmp
         assert any(part in stack.split("/") for stack in killed)
     assert same_files(folder / "run", tmp_path / "unbroken" / "run")
     assert same_files(folder / "drive" / "run", tmp_path / "unbroken" / "run")
-    state = checkpoint.read_state(checkpoint.newest([folder / "run"]))
-    assert state["record"]["losses"] == unbroken["losses"] and state["record"]["holdout"] == unbroken["holdout"]
+    for place in (folder / "run", folder / "drive" / "run"):
+        kept = [[path.name for path in checkpoint.find(out)] for out in (place, tmp_path / "unbroken" / "run")]
+        assert kept[0] == kept[1] and previews(place) == previews(tmp_path / "unbroken" / "run")
+        record = checkpoint.read_state(checkpoint.newest([place]))["record"]
+        assert [record[key] for key in ("losses", "holdout", "best_step")] == [
+            unbroken[key] for key in ("losses", "holdout", "best_step")]
