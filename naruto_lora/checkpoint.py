@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import data, files, lora, models
+from .disk.owner import Claim, Taken
 from .memory.optimizer import flatten, load_flat
 from .progress import Listener, note
 
@@ -176,17 +177,21 @@ def restore(checkpoint: Path, unet, optimizer) -> None:
 
 
 class RunFolder:
-    """A run's folder `out`, and its `mirror` (on Google Drive), which outlives this machine.
+    """A run's folder `out`, and its `mirror` (on Google Drive), which outlives this machine; both are its own.
 
     A mirror that is missing, full or unreadable is reported once and does not stop the run. Raises PermissionError if
-    `out` can't be written.
+    `out` can't be written, and Taken if another run is at work in one of the two. `close` gives them back.
     """
 
     def __init__(self, out: str | Path, mirror: str | Path | None = None, show=None):
         self.out, self.mirror = Path(out), Path(mirror) if mirror else None
+        if self.mirror and self.mirror.resolve() == self.out.resolve():
+            self.mirror = None
         self.show = show if isinstance(show, Listener) else Listener(show)
         self.saved_step, self.saved_at, self.mirrored = None, time.monotonic(), None  # the newest; the mirror's step
         files.make_folder(self.out)
+        self.claims = [Claim(folder, self.show) for folder in (self.out, self.mirror) if folder]
+        self.claims[0].hold(wait=True)
         if self.mirror:
             self._prepare_mirror()
 
@@ -195,7 +200,11 @@ class RunFolder:
         try:
             self.mirror.mkdir(exist_ok=True)
             files.make_folder(self.mirror)
+            self.claims[1].hold(wait=True)
             remove_leftovers(self.mirror)
+        except Taken:
+            self.close()
+            raise
         except OSError as error:
             reason = error.strerror or error
             self.show.note(f"the mirror '{self.mirror}' can't be used ({reason}); each checkpoint tries it again")
@@ -231,7 +240,8 @@ class RunFolder:
         return local
 
     def save(self, step: int, unet, optimizer, state: dict) -> None:
-        """Writes checkpoint-<step> with `state`, here and in the mirror; removes old ones. Raises OSError."""
+        """Writes checkpoint-<step> with `state`, here and in the mirror; removes old ones. Raises OSError, Taken."""
+        self.claims[0].hold()
         best = state["record"]["best_step"]
         path = self._write(step, unet, optimizer, state, best)
         self.saved_step, self.saved_at = step, time.monotonic()
@@ -256,6 +266,7 @@ class RunFolder:
         if self.mirror is None:
             return
         with self._mirroring():
+            self.claims[1].hold()
             for source in reversed([p for p in find(self.out) if step_of(p) in (step_of(path), best)]):
                 self._copy_to_mirror(source, best)
             rotate(self.mirror, step_of(path), best, empty_first=True)
@@ -278,6 +289,7 @@ class RunFolder:
         if self.mirror is None:
             return
         with self._mirroring():
+            self.claims[1].hold()
             target = self.mirror / path.relative_to(self.out)
             target.parent.mkdir(exist_ok=True)
             files.copy_whole(path, target)
@@ -286,8 +298,8 @@ class RunFolder:
     def _mirroring(self):
         try:
             yield
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, Taken) as error:
+            reason = getattr(error, "strerror", None) or error
             safe = f"; step {self.mirrored} is safe there" if self.mirrored else ""
             self.show.once(f"no copy in the mirror '{self.mirror}' ({reason}); the run continues{safe}", f"{reason}")
 
@@ -314,6 +326,11 @@ class RunFolder:
         written = [file.replace(self.out / file.name) for file in sorted(temporary.iterdir())]
         temporary.rmdir()
         return written
+
+    def close(self) -> None:
+        """Gives the folder and the mirror back to other runs."""
+        for claim in self.claims:
+            claim.release()
 
     def saved_where(self) -> str:
         """Where the newest checkpoint is, to end a message."""

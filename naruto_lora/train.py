@@ -33,8 +33,9 @@ def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=
     Raises what `begin` raises, before any training, and what `Run.to_the_end` raises.
     """
     run = begin(recipe, out, cache_folder, show, mirror)
-    run.to_the_end()
-    return run.finish()
+    with contextlib.closing(run.folder):
+        run.to_the_end()
+        return run.finish()
 
 
 def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, rungs=None) -> Run:
@@ -42,11 +43,21 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
 
     `rungs` are ways to compute it (`memory.fallback.Rung`), each with less memory than the one before; by default
     `memory.plan` chooses them for this machine. Raises FileNotFoundError, OSError, RuntimeError or ValueError with
-    one sentence on what is missing or wrong; the cheapest checks come first.
+    one sentence on what is missing or wrong; the cheapest checks come first. The run's folder and mirror are its own
+    until `run.folder.close()`.
     """
     begun, recipe, show = time.monotonic(), recipes.load(recipe), Listener(show)
-    device = models.device_for(recipe.precision)
+    models.device_for(recipe.precision)
     folder = checkpoint.RunFolder(out, mirror, show)
+    try:
+        return _begin(recipe, folder, cache_folder, rungs, begun)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _begin(recipe, folder: checkpoint.RunFolder, cache_folder, rungs, begun: float) -> Run:
+    show, device = folder.show, models.device_for(recipe.precision)
     models.check_base(recipe.base, recipe.vae)
     training, holdout = data.split(data.load(recipe.dataset), recipe.holdout)
     checkpoints = folder.newest()
