@@ -54,10 +54,9 @@ def hasty(monkeypatch):
 
 
 def claim_of(machine, token="abc", at=None, pid=1, beats=3):
-    now = time.time()
+    at = time.time() if at is None else at
     return {
-        "machine": machine, "host": "colab-7", "pid": pid, "token": token, "since": now, "at": now if at is None else at,
-        "beats": beats,
+        "machine": machine, "host": "colab-7", "pid": pid, "token": token, "since": at, "at": at, "beats": beats,
     }  # fmt: skip
 
 
