@@ -110,9 +110,10 @@ def _default_vae(base: str) -> str:
     return recipes.Recipe.vae if base == recipes.Recipe.base else ""
 
 
-def _loras(given: list[list[str]]) -> tuple[dict[str, str], dict[str, float]]:
+def _loras(given: list[list[str]]) -> tuple[dict[str, str | Path], dict[str, float]]:
     """({name: path}, {name: strength}) of the --lora options. Raises ValueError for a strength that is not a number."""
-    paths, strengths = {}, {}
+    paths: dict[str, str | Path] = {}
+    strengths: dict[str, float] = {}
     for path, *strength in given:
         name = re.sub(r"\W", "_", f"{Path(path).stem}")
         name = name if name.isidentifier() and name not in (*paths, "base") else f"lora_{len(paths) + 1}"

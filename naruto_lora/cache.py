@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +39,8 @@ class Cache:
 
     def part(self, start: int, stop: int) -> Cache:
         """The examples from `start` up to `stop`."""
-        columns = (self.names, self.shapes, self.latents, self.mirrored, self.prompts)
-        return Cache(*(column[start:stop] for column in columns), self.shards)
+        columns = ("names", "shapes", "latents", "mirrored", "prompts")
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in columns})
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -90,11 +90,11 @@ def encode(examples: list[data.Example], recipe, folder: str | Path, show=None, 
     flips = len(examples) - held if recipe.flip else 0
     mirrored = tuple(_key("mirrored", key.encode()) for key in latents[:flips]) + latents[flips:]
 
-    captions = {key: e.caption for key, e in zip(prompts, examples, strict=True)}
-    pictures = dict(zip(latents, examples, strict=True))
+    captions: dict = {key: e.caption for key, e in zip(prompts, examples, strict=True)}
+    pictures: dict = dict(zip(latents, examples, strict=True))
     pictures |= {key: replace(e, mirrored=True) for key, e in zip(mirrored[:flips], examples[:flips], strict=True)}
     copies = _Mirror(mirror, show)
-    shards = {}
+    shards: dict[str, safe_open] = {}
     for kind, items, encoded in (("captions", captions, _captions), ("pictures", pictures, _pictures)):
         place = Path(folder) / ("prompts" if kind == "captions" else "latents")
         found = _find(place, items, copies, show)
@@ -112,7 +112,7 @@ def _key(kind: str, content: bytes) -> str:
     return hashlib.sha256(kind.encode() + b"\0" + content).hexdigest()[:32]
 
 
-Encoded = Iterator[tuple[list[str], list[dict[str, torch.Tensor]]]]  # keys and tensors, a batch at a time
+Encoded = Generator[tuple[list[str], list[dict[str, torch.Tensor]]]]  # keys and tensors, a batch at a time
 
 
 def _captions(missing: dict[str, str], recipe) -> Encoded:
@@ -133,7 +133,7 @@ def _pictures(missing: dict[str, data.Example], recipe) -> Encoded:
         sizes.setdefault(size, []).append(key)
     rows = ((missing[key], size) for size, keys in sizes.items() for key in keys)
     batches = [batch for keys in sizes.values() for batch in _batches(keys, _batch_size(vae, side))]
-    running = None
+    running: tuple = ()
     with contextlib.closing(data.decode_ahead(rows)) as decoded:
         for keys in batches:
             crops = list(itertools.islice(decoded, len(keys)))
@@ -294,11 +294,11 @@ class _Mirror:
 
     def put(self, path: Path) -> None:
         """Copies one shard into the mirror."""
-        self._attempt(lambda: files.copy_whole(path, self.folder / path.parent.name / path.name))
+        self._attempt(lambda folder: files.copy_whole(path, folder / path.parent.name / path.name))
 
-    def _exchange(self, folder: Path, keys: set[str]) -> None:
-        mirrored = self.folder / folder.name
-        for place in (self.folder, mirrored):
+    def _exchange(self, mirror: Path, folder: Path, keys: set[str]) -> None:
+        mirrored = mirror / folder.name
+        for place in (mirror, mirrored):
             place.mkdir(exist_ok=True)
         ours, theirs = _open(folder, self.show), _open(mirrored, self.show)
         for source, target, known in ((theirs, folder, ours), (ours, mirrored, theirs)):
@@ -312,7 +312,7 @@ class _Mirror:
         if self.folder is None:
             return
         try:
-            action(*arguments)
+            action(self.folder, *arguments)
         except OSError as error:
             reason = error.strerror or error
             note(self.show, f"no copy of the cache is kept in '{self.folder}' ({reason}); the run continues")

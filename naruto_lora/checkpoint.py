@@ -188,26 +188,27 @@ class RunFolder:
         if self.mirror and self.mirror.resolve() == self.out.resolve():
             self.mirror = None
         self.show = show if isinstance(show, Listener) else Listener(show)
-        self.saved_step, self.saved_at, self.mirrored = None, time.monotonic(), None  # the newest; the mirror's step
+        self.saved_step: int | None = None  # the newest checkpoint's step
+        self.saved_at, self.mirrored = time.monotonic(), 0  # its time; the newest step in the mirror, 0: none
         files.make_folder(self.out)
         self.claims = [Claim(folder, self.show) for folder in (self.out, self.mirror) if folder]
         self.claims[0].hold(wait=True)
         if self.mirror:
-            self._prepare_mirror()
+            self._prepare_mirror(self.mirror)
 
-    def _prepare_mirror(self) -> None:
+    def _prepare_mirror(self, mirror: Path) -> None:
         """Creates the mirror if its parent exists."""
         try:
-            self.mirror.mkdir(exist_ok=True)
-            files.make_folder(self.mirror)
+            mirror.mkdir(exist_ok=True)
+            files.make_folder(mirror)
             self.claims[1].hold(wait=True)
-            remove_leftovers(self.mirror)
+            remove_leftovers(mirror)
         except Taken:
             self.close()
             raise
         except OSError as error:
             reason = error.strerror or error
-            self.show.note(f"the mirror '{self.mirror}' can't be used ({reason}); each checkpoint tries it again")
+            self.show.note(f"the mirror '{mirror}' can't be used ({reason}); each checkpoint tries it again")
 
     def newest(self) -> list[Path]:
         """The newest usable checkpoints of `out` and of the mirror: the newer one first, or `out`'s if equal."""
@@ -268,21 +269,21 @@ class RunFolder:
         with self._mirroring():
             self.claims[1].hold()
             for source in reversed([p for p in find(self.out) if step_of(p) in (step_of(path), best)]):
-                self._copy_to_mirror(source, best)
+                self._copy_to(self.mirror, source, best)
             rotate(self.mirror, step_of(path), best, empty_first=True)
 
-    def _copy_to_mirror(self, source: Path, best: int | None) -> None:
+    def _copy_to(self, mirror: Path, source: Path, best: int | None) -> None:
         """Copies a checkpoint, unless it is there; if that fails, makes room there and tries once more."""
-        copy = self.mirror / source.name
+        copy = mirror / source.name
         if problem(copy) or (copy / SUMS).read_bytes() != (source / SUMS).read_bytes():
             try:
-                fetch(source, self.mirror)
+                fetch(source, mirror)
             except OSError:  # full, perhaps: the newest that is whole stays, and the best
-                whole = next((p for p in reversed(find(self.mirror)) if problem(p) is None), None)
-                self.mirrored = whole and step_of(whole)
-                rotate(self.mirror, self.mirrored or 0, best, keep=1, empty_first=True)
-                fetch(source, self.mirror)
-        self.mirrored = max(self.mirrored or 0, step_of(source))
+                whole = next((p for p in reversed(find(mirror)) if problem(p) is None), None)
+                self.mirrored = step_of(whole) if whole else 0
+                rotate(mirror, self.mirrored, best, keep=1, empty_first=True)
+                fetch(source, mirror)
+        self.mirrored = max(self.mirrored, step_of(source))
 
     def mirror_file(self, path: Path) -> None:
         """Copies a file of `out` to the same place in the mirror."""

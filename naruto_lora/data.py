@@ -6,8 +6,8 @@ import functools
 import hashlib
 import reprlib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +39,8 @@ class Example:
         """The compressed picture. Raises FileNotFoundError if its file is no longer there."""
         try:
             return self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        except FileNotFoundError:
-            raise FileNotFoundError(f"the picture '{self.source}' is gone; restore it or load the data again") from None
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"the picture '{e.filename}' is gone; restore it or load the data again") from None
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -144,12 +144,12 @@ def decode(example: Example, size: int | tuple[int, int]) -> Crop:
     return Crop(example.name, np.array(image, dtype=np.uint8), time_ids)
 
 
-def decode_ahead(rows: Iterable[tuple[Example, int | tuple[int, int]]]) -> Iterator[Crop]:
+def decode_ahead(rows: Iterable[tuple[Example, int | tuple[int, int]]]) -> Generator[Crop]:
     """`decode` of each row in order, in threads that run at most AHEAD pictures ahead.
 
     Closing it waits only for the pictures that are being decoded.
     """
-    waiting = deque()
+    waiting: deque[Future[Crop]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for row in rows:

@@ -21,7 +21,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         flush(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,7 +71,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_bytes(b"1")
-        os.remove(probe)
+        probe.unlink()
     except OSError as error:
         reason = error.strerror or error
         raise PermissionError(f"can't write to the output folder '{folder}' ({reason}); choose another") from None
@@ -87,7 +87,7 @@ def write_json(path: str | Path, content: dict) -> Path:
 
 
 def _plain(value):
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if hasattr(value, "tolist"):
         return value.tolist()

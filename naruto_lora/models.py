@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import textwrap
 import warnings
 from pathlib import Path
@@ -85,8 +84,8 @@ def _config(base: str, name: str, what: str) -> dict:
         if not file.is_file():
             raise ValueError(f"the folder '{base}' is not {what}: it has no {name}; choose another")
     else:
-        file = _download(base, name)
-    return json.loads(Path(file).read_text(encoding="utf-8"))
+        file = Path(_download(base, name))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def _download(base: str, name: str) -> str:
@@ -106,8 +105,8 @@ def _variant(base: str, part: str, dtype: torch.dtype) -> str | None:
     """'fp16' if `dtype` is fp16 and `base` has files of this variant for `part`."""
     if dtype != torch.float16:
         return None
-    names = _files(Path(base)) if os.path.isdir(base) else _hub_files(base)
-    found = [name for name in names if name.endswith(".fp16.safetensors") and os.path.dirname(name) == part]
+    names = _files(Path(base)) if Path(base).is_dir() else _hub_files(base)
+    found = [name for name in names if name.endswith(".fp16.safetensors") and name.rpartition("/")[0] == part]
     return "fp16" if found else None
 
 
@@ -196,7 +195,7 @@ def _one_file(base: str, dtype: torch.dtype) -> Path | None:
     """The file of the whole U-Net; None if it is split over several."""
     dot_variant = ".fp16" if _variant(base, "unet", dtype) else ""
     name = f"unet/diffusion_pytorch_model{dot_variant}.safetensors"
-    if os.path.isdir(base):
+    if Path(base).is_dir():
         return Path(base, name) if Path(base, name).is_file() else None
     return Path(_download(base, name)) if name in _hub_files(base) else None
 

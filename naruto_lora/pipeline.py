@@ -222,7 +222,7 @@ def draw(
     settings = settings_of(pipe, prompts, seeds, adapter, scale, scheduler, steps, guidance_scale, resolution,
                            guidance_interval)
     pipe.vae.to(pipe.unet.dtype)  # an interrupt during decoding may have left it in fp32
-    pictures, phase = [], f"drawing {' + '.join(settings[0]['adapters']) or BASE}" if settings else ""
+    pictures, phase = list[object](), f"drawing {' + '.join(settings[0]['adapters']) or BASE}" if settings else ""
 
     def step_done(step: int, size: int) -> None:
         if show:

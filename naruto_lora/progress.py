@@ -56,7 +56,7 @@ class Progress:
 
     def __init__(self, every: float | None = None):
         self.every = every if every is not None else (1.0 if _in_notebook() or sys.stdout.isatty() else 30.0)  # seconds
-        self.phases, self.blocks = {}, {}  # by phase; blocks also has the notes, in order
+        self.phases, self.blocks = dict[str, _Phase](), dict[str, tuple]()  # by phase; blocks has the notes too
         self.cell = self.handle = None
         self.line = ""  # the unfinished line in a terminal
 

@@ -131,7 +131,7 @@ def adjust(recipe: Recipe, rank: int = 0, legs: str = "", steps: int = 0, max_mi
     A new `rank` keeps alpha / rank. `legs` is text such as '300 1e-4, 600 3e-5 cosine'. `steps` ends the recipe early
     so that the whole recipe can resume from there: a cosine leg is never cut, because its rates would change.
     """
-    changes = {"max_minutes": max_minutes or recipe.max_minutes}
+    changes: dict = {"max_minutes": max_minutes or recipe.max_minutes}
     if rank:
         changes |= {"rank": rank, "alpha": recipe.alpha * rank / recipe.rank}
     if legs.strip():
@@ -211,7 +211,7 @@ def _check(recipe: Recipe) -> None:
     for name in ("name", "base", "dataset"):
         value = getattr(recipe, name)
         need(isinstance(value, str) and value.strip() != "", f"{name} must be a text that is not empty, not {value!r}")
-    need(re.fullmatch(r"\w[\w .+-]*", recipe.name) and recipe.name != "pytorch_lora_weights",
+    need(re.fullmatch(r"\w[\w .+-]*", recipe.name) is not None and recipe.name != "pytorch_lora_weights",
          f"name {recipe.name!r} can't name a file: choose another, of letters, digits, '-' and '_'")
     need(isinstance(recipe.vae, str), f"vae must be a hub id, a folder or '', not {recipe.vae!r}")
     need(0 < recipe.alpha < math.inf, f"alpha must be above 0, not {recipe.alpha}")

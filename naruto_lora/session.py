@@ -77,7 +77,7 @@ class Forecast:
     """
 
     def __init__(self, recipe, begun: float):
-        self.recipe, self.begun, self.spent = recipe, begun, {"update": [], "measure": [], "save": []}
+        self.recipe, self.begun, self.spent = recipe, begun, {"update": list[float](), "measure": [], "save": []}
 
     def elapsed(self) -> float:
         """Seconds since the session began."""
@@ -107,8 +107,9 @@ class Forecast:
 
     def seconds(self, start: int, stop: int) -> float | None:
         """Seconds from `start` finished updates to `stop`; None before CALIBRATION updates were timed."""
-        if len(self.spent["update"]) < CALIBRATION:
-            return None
+        return self._seconds(start, stop) if len(self.spent["update"]) >= CALIBRATION else None
+
+    def _seconds(self, start: int, stop: int) -> float:
         measure, save, last = self.recipe.measure_every, self.recipe.save_every, start < self.recipe.steps <= stop
         # how often each is due; the last step is measured and saved anyway, a measured one is saved too
         every = measure, save, math.lcm(measure, save)
@@ -119,12 +120,11 @@ class Forecast:
     def sentence(self, at: int) -> str:
         """When, after `at` updates, each leg ends and the next checkpoint comes, and where `max_minutes` end."""
         ends = [leg.until for leg in self.recipe.legs if leg.until > at]
-        text = ", ".join(f"step {end} in {duration(self.seconds(at, end))}" for end in ends)
+        text = ", ".join(f"step {end} in {duration(self._seconds(at, end))}" for end in ends)
         following = min(at - at % self.recipe.save_every + self.recipe.save_every, self.recipe.steps)
-        text = f"{self.update():.3g} s a step: {text}; next checkpoint in {duration(self.seconds(at, following))}"
-        left = self.budget_left()
+        text = f"{self.update():.3g} s a step: {text}; next checkpoint in {duration(self._seconds(at, following))}"
         steps = range(at, self.recipe.steps)
-        reached = bisect.bisect_right(steps, left, key=lambda k: self.seconds(at, k))
+        reached = bisect.bisect_right(steps, self.budget_left(), key=lambda k: self._seconds(at, k))
         if reached < len(steps):
             text += f"; the {self.recipe.max_minutes:g} minutes end near step {max(at, at + reached - 1)}"
         return text

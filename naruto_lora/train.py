@@ -116,7 +116,7 @@ class Run:
             recipe, unet, training, holdout, self.alphas_cumprod, self.fallback, folder, self.show
         )
         self.step, self.holdout_loss = 0, None  # finished updates; the newest mean hold-out loss
-        self.record = {"losses": [], "holdout": {}, "best_step": None, "seconds": 0.0}
+        self.record: dict = {"losses": [], "holdout": {}, "best_step": None, "seconds": 0.0}
         self.forecast, self.interrupts = session.Forecast(recipe, begun or time.monotonic()), session.Interrupts()
         self.half_changed = False  # True while the optimizer changes the weights
         self.measured = 0  # measurements of the hold-out in the newest checkpoint
@@ -159,7 +159,8 @@ class Run:
                 self.show.note(f"interrupted at {self._position()}, {self.folder.saved_where()}")
             except Exception:
                 with contextlib.suppress(Exception):  # the first error is the one to tell
-                    self.half_changed or self.save()
+                    if not self.half_changed:
+                        self.save()
                 raise
         self.interrupts.raise_received()
 
@@ -186,8 +187,7 @@ class Run:
             self.show("training", self.step, recipe.steps, **self._figures(loss, grad_norm))
             if self.step == first_forecast < recipe.steps:
                 self.show.note(self.forecast.sentence(self.step))
-            measure_due = self._due(recipe.measure_every)
-            if measure_due:
+            if measure_due := self._due(recipe.measure_every):
                 self.measure()
             if measure_due or self._due(recipe.save_every) or self._save_overdue():
                 self.save()

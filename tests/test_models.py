@@ -1,7 +1,7 @@
 """The parts of SDXL: loaded with the right dtype and weights (test_bad_input tests wrong bases)."""
 
-import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_the_text_encoders_are_sdxls_two(base):
 
 
 def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(base, tmp_path):
-    folder = shutil.copytree(os.path.join(base, "vae"), tmp_path / "vae")
+    folder = shutil.copytree(Path(base, "vae"), tmp_path / "vae")
     config = folder / "config.json"
     text = config.read_text()
     assert '"force_upcast": true' in text or '"force_upcast": false' in text
@@ -71,7 +71,7 @@ def test_a_unet_in_several_files_is_the_same_as_in_one(base, tmp_path):
 
 
 def test_identity_changes_with_the_weights_not_with_the_path(base, tmp_path):
-    folder = shutil.copytree(os.path.join(base, "vae"), tmp_path / "vae")
+    folder = shutil.copytree(Path(base, "vae"), tmp_path / "vae")
     before = models.identity(str(folder))
     (folder / "note.txt").write_text("hello")
     assert models.identity(str(folder)) == before

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import shutil
@@ -99,7 +98,7 @@ def _disk(recipe, folder: Path) -> list[Row]:
     run = runs_bytes(recipe)
     places = {"disk for downloads": (_existing(Path(constants.HF_HUB_CACHE)), download),
               "disk for runs": (_existing(folder), run)}
-    if len({os.stat(place).st_dev for place, _ in places.values()}) == 1:
+    if len({place.stat().st_dev for place, _ in places.values()}) == 1:
         places = {"disk": (_existing(folder), download + run)}
     return [_disk_row(what, place, needed) for what, (place, needed) in places.items()]
 
@@ -144,7 +143,7 @@ def floors() -> dict[str, str]:
         lines = file.read_text().splitlines() if file.is_file() else requires("naruto_lora") or []
     except PackageNotFoundError:
         return {}
-    return dict(found.groups() for line in lines if (found := re.match(r"([\w-]+)>=([\w.]+)", line)))
+    return {found[1]: found[2] for line in lines if (found := re.match(r"([\w-]+)>=([\w.]+)", line))}
 
 
 def _numbers(text: str) -> list[int]:

@@ -24,8 +24,8 @@ from ..progress import note
 
 try:
     import fcntl
-except ImportError:  # Windows: the heartbeat alone
-    fcntl = None
+except ImportError:
+    fcntl = None  # type: ignore[assignment]  # Windows: the heartbeat alone
 
 NAME = ".owner"
 BEAT = 30.0  # seconds between two signs of life
@@ -43,7 +43,8 @@ class Claim:
 
     def __init__(self, folder: Path, show=None):
         self.folder, self.show, self.thread = Path(folder), show, threading.current_thread()
-        self.token, self.since, self.beats, self._end = secrets.token_hex(8), time.time(), 0, None
+        self.id, self.since, self.beats = secrets.token_hex(8), time.time(), 0
+        self._end: weakref.finalize | None = None
 
     @property
     def held(self) -> bool:
@@ -58,7 +59,7 @@ class Claim:
         """
         if not self.held:
             self._acquire(wait)
-        elif (other := read(self.folder)) and other["token"] not in ("", self.token):
+        elif (other := read(self.folder)) and other["id"] not in ("", self.id):
             raise Taken(_sentence(self.folder, other))
 
     def _acquire(self, wait: bool) -> None:
@@ -76,14 +77,14 @@ class Claim:
                 _refuse_living(self.folder, other, self.show, wait)
             self.beat()
             undo.pop_all()
-        self._end = weakref.finalize(self, _release, self.folder.resolve(), self.token, lock, stop)
+        self._end = weakref.finalize(self, _release, self.folder.resolve(), self.id, lock, stop)
         _held[place] = self
         threading.Thread(target=_beat, args=(weakref.ref(self), stop), daemon=True, name="owner").start()
 
     def beat(self) -> None:
         """A sign of life. Raises OSError."""
         content = {
-            "machine": machine(), "host": platform.node(), "pid": os.getpid(), "token": self.token,
+            "machine": machine(), "host": platform.node(), "pid": os.getpid(), "id": self.id,
             "since": self.since, "at": time.time(), "beats": self.beats,
         }  # fmt: skip
         (self.folder / NAME).write_text(json.dumps(content), encoding="utf-8")
@@ -114,8 +115,8 @@ def _lock(folder: Path) -> int | None:
 
 
 def read(folder: Path) -> dict | None:
-    """The claim on `folder`; None if there is none. One that can't be read, as while it is written, has no token."""
-    unknown = {"machine": "", "host": "?", "pid": 0, "token": "", "since": 0.0, "at": 0.0, "beats": -1}
+    """The claim on `folder`; None if there is none. One that can't be read, as while it is written, has no id."""
+    unknown = {"machine": "", "host": "?", "pid": 0, "id": "", "since": 0.0, "at": 0.0, "beats": -1}
     try:
         found = json.loads((folder / NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -137,7 +138,7 @@ def machine() -> str:
 
 def _refuse_living(folder: Path, other: dict, show, wait: bool) -> None:
     """Raises Taken unless the owner `other` is dead, as far as can be seen from here."""
-    silent_for = time.time() - other["at"] if other["token"] else 0.0
+    silent_for = time.time() - other["at"] if other["id"] else 0.0
     if silent_for > LONG_AGO or (other["machine"] == machine() and _ended(other["pid"])):
         return
     if not wait:
@@ -149,7 +150,7 @@ def _refuse_living(folder: Path, other: dict, show, wait: bool) -> None:
         now = read(folder)
         if now is None:  # it has finished
             return
-        if (now["token"], now["beats"]) != (other["token"], other["beats"]):
+        if (now["id"], now["beats"]) != (other["id"], other["beats"]):
             raise Taken(_sentence(folder, now))
 
 
@@ -168,7 +169,7 @@ def _ended(pid: int) -> bool:
 
 def _sentence(folder: Path, owner: dict | None, mend: bool = True) -> str:
     who = "another process"
-    if owner and owner["token"]:
+    if owner and owner["id"]:
         here = owner["machine"] == machine()
         who = f"process {owner['pid']} on this machine" if here else f"another machine, '{owner['host']}'"
         who += f" (since {time.strftime('%H:%M', time.localtime(owner['since']))})"
@@ -191,10 +192,10 @@ def _beat(claim: weakref.ref, stop: threading.Event) -> None:
         del held
 
 
-def _release(folder: Path, token: str, lock: int | None, stop: threading.Event) -> None:
+def _release(folder: Path, identity: str, lock: int | None, stop: threading.Event) -> None:
     stop.set()
     with contextlib.suppress(OSError):
-        if (read(folder) or {}).get("token") == token:
+        if (read(folder) or {}).get("id") == identity:
             (folder / NAME).unlink()
     _close(lock)
 

@@ -30,7 +30,7 @@ def cmmd(pictures, real) -> Figure:
 
 def cmmd_change(before, after, real) -> Figure:
     """`cmmd` of `after` minus that of `before`, both (P, S, D) of the same prompts and seeds, as paired samples."""
-    y, parts = _grouped(np.asarray(real)[:, None]), []
+    y, parts = _grouped(np.asarray(real)[:, None]), list[tuple]()
     for pictures in (before, after):
         x = _grouped(pictures)
         (xx, xx_left), (xy, xy_left_x, xy_left_y) = _within(x), _between(x, y)

@@ -31,7 +31,7 @@ class Validation:
         if len(self.held) and str(done) not in measured:
             measured[str(done)] = self.fallback.run(self._losses, done + 1).tolist()
         means = {int(k): statistics.fmean(map(statistics.fmean, values)) for k, values in measured.items()}
-        best = min((k for k in means if k), key=means.get, default=None)
+        best = min((k for k in means if k), key=means.__getitem__, default=None)
         record.update(holdout=measured, best_step=best)  # both at once: an interrupt can come between two lines
         self.preview(done)
         return means.get(done)

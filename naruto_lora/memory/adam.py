@@ -51,7 +51,7 @@ class JoinedAdamW8bit(AdamW8bit):
         """
         self.pieces, self.separate = [], []
         for number, group in enumerate(self.param_groups):
-            together = {}
+            together: dict[int, list] = {}  # by their count of updates
             for index, parameter in enumerate(group["params"]):
                 state = self.state[parameter]
                 if not state:
@@ -117,7 +117,8 @@ def _join(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]
 
 def _parts(parameters: list[torch.Tensor]):
     """`parameters` in their order, in lists of at most PIECE values."""
-    part, count = [], 0
+    part: list[torch.Tensor] = []
+    count = 0
     for parameter in parameters:
         if part and count + parameter.numel() > PIECE:
             yield part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from .. import step
 from ..progress import note
@@ -41,7 +42,7 @@ class Fallback:
 
     def __init__(self, unet, parameters, rungs: list[Rung], show=None):
         self.unet, self.parameters, self.rungs, self.show = unet, parameters, list(rungs), show
-        self.engine = None
+        self.engine: Any = None
         self._set_up(1, None)
 
     @property

@@ -300,9 +300,9 @@ class Projected(Function):
     def backward(ctx, *grads):
         rows, inner = ctx.saved_tensors
         projection = ctx.projection
-        grads = [grad.reshape(len(rows), -1) for grad in grads]  # n times (T, out)
+        flat = [grad.reshape(len(rows), -1) for grad in grads]  # n times (T, out)
         grad_inner = torch.empty_like(inner)
-        parts = zip(grads, projection.split(inner), projection.split(grad_inner), strict=True)
+        parts = zip(flat, projection.split(inner), projection.split(grad_inner), strict=True)
         for number, (grad, part, grad_part) in enumerate(parts):
             grad_part.addmm_(grad, projection.up[number], beta=0, alpha=projection.scale)
             projection.grad_up[number].addmm_(grad.T, part, beta=0, alpha=projection.scale)
@@ -310,7 +310,7 @@ class Projected(Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         grad_rows = grad_inner @ projection.down
-        for grad, weight in zip(grads, projection.weights(), strict=True):
+        for grad, weight in zip(flat, projection.weights(), strict=True):
             grad_rows.addmm_(grad, weight)
         return grad_rows.view(ctx.shape), None, None
 

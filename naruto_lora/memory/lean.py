@@ -205,12 +205,12 @@ class Lean:
             return self._micro_step(inputs, seed)
         self.seen = self.seen + 1 if shape == self.shape else 1
         self.shape = shape
-        if self.graph is None and (self.seen <= RECORD_AFTER or not self._record(inputs, seed)):
-            return self._micro_step(inputs, seed)
-        return self.graph(inputs, seed)
+        if self.graph is None and self.seen > RECORD_AFTER:
+            self._record(inputs, seed)
+        return self._micro_step(inputs, seed) if self.graph is None else self.graph(inputs, seed)
 
-    def _record(self, inputs, seed) -> bool:
-        """Records a CUDA graph of this micro-step; False if that is impossible. Raises out-of-memory errors."""
+    def _record(self, inputs, seed) -> None:
+        """Records a CUDA graph of this micro-step, if that is possible. Raises out-of-memory errors."""
         before = self.grads.clone()
         try:
             self.graph = _Graph(self, inputs, seed)
@@ -221,7 +221,6 @@ class Lean:
             reason = str(error).splitlines()[0][:120]
             self.notes.append(f"no CUDA graph can be recorded here ({reason}): training continues without it")
         self.grads.copy_(before)
-        return self.graphed
 
     def _micro_step(self, inputs, seed) -> torch.Tensor:
         losses = step.diffusion_loss(self.unet, **inputs)
@@ -260,7 +259,7 @@ def units(unet) -> list[torch.nn.Module]:
 
     The blocks with the most pixels come first: each frees the most memory.
     """
-    kinds = {"BasicTransformerBlock": [], "ResnetBlock2D": []}
+    kinds: dict[str, list] = {"BasicTransformerBlock": [], "ResnetBlock2D": []}
     for module in unet.modules():
         kinds.get(type(module).__name__, []).append(module)
     return sorted(kinds["BasicTransformerBlock"], key=lambda block: block.dim) + kinds["ResnetBlock2D"]

@@ -8,6 +8,7 @@ whether compiling pays.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .. import models
 from . import predict
@@ -46,7 +47,7 @@ class Row:
 class Plan:
     """The ladder and its chosen row."""
 
-    recipe: object
+    recipe: Any  # a `recipe.Recipe`
     card: Card
     steps_left: int
     limit: float  # bytes that a rung may take
@@ -132,7 +133,7 @@ def plan(recipe, card: Card, steps_left: int, lean: bool = True) -> Plan:
 def _choose(recipe, card: Card, steps_left: int, limit: float, lean: bool) -> Plan | None:
     rows = ladder(recipe, card, limit, lean)
     chosen = next((row for row in rows if fits(row, limit, card)), None)
-    return chosen and Plan(recipe, card, steps_left, limit, tuple(rows), chosen, lean)
+    return None if chosen is None else Plan(recipe, card, steps_left, limit, tuple(rows), chosen, lean)
 
 
 def fits(row: Row, limit: float, card: Card) -> bool:

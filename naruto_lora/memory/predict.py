@@ -108,7 +108,7 @@ def measure(unet, side: int) -> Shape:
     for module, x, out in calls:
         kind = KINDS.get(type(module).__name__, "transformer")
         skip = taken.pop() if id(module) in joining else None
-        joined = skip.shape[1] if id(skip) in kept else 0
+        joined = skip.shape[1] if skip is not None and id(skip) in kept else 0
         if module is unet.conv_norm_out:
             kind = "end"
         rows, width = (math.prod(x.shape[2:]), x.shape[1]) if x.dim() == 4 else x.shape[1:]

@@ -23,7 +23,7 @@ def precisions(side: int = SIDE) -> list[dict]:
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    rows = []
+    rows: list[dict] = []
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         if cuda or name == "fp32":
             a = torch.randn(side, side, device=device, dtype=dtype)
@@ -73,7 +73,7 @@ def steps(recipes, show=None) -> list[dict]:
     device = models.device_for(recipes[0].precision)
     chosen = [plans.here(recipe, steps_left=0).rung for recipe in recipes]
     unet = models.load_unet(recipes[0].base, models.DTYPES[recipes[0].precision], device)
-    rows = []
+    rows: list[dict] = []
     for number, (recipe, rung) in enumerate(zip(recipes, chosen, strict=True)):
         seconds = _micro_step(unet, recipe, rung, device)
         a_step = seconds * recipe.pictures_per_step / rung.batch

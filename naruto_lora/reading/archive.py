@@ -98,7 +98,7 @@ def _no_place(archive: Path, root: Path, error: OSError) -> OSError:
 
 def _rename(temporary: Path, target: Path) -> None:
     try:
-        os.replace(temporary, target)
+        temporary.replace(target)
     except OSError:
         if not target.is_dir():  # another process was not faster
             raise
@@ -108,7 +108,7 @@ def _remove(folder: Path) -> None:
     """Removes an unpacked folder; a process that looks at the same time finds it whole or not at all."""
     with contextlib.suppress(OSError):  # a full disk, or another process was faster
         gone = tempfile.mkdtemp(dir=folder.parent, prefix=UNFINISHED)
-        os.replace(folder, gone)
+        folder.replace(gone)
         shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -6,17 +6,18 @@ import json
 import re
 import reprlib
 from pathlib import Path
+from typing import Any
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a letter that JSON can hold
-Row = tuple[str, object, Path | bytes]  # a picture's name, its caption (unchecked), its file or compressed bytes
+Row = tuple[str, Any, Path | bytes]  # a picture's name, its caption (unchecked), its file or compressed bytes
 
 
 def read(folder: Path) -> list[Row]:
     """(name, caption, file) of each picture in `folder`. Raises ValueError for one without a caption."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and _visible(p, folder))
     captions = _metadata(folder / "metadata.jsonl") if (folder / "metadata.jsonl").is_file() else None
-    rows = []
+    rows: list[Row] = []
     for file in files:
         name = file.relative_to(folder).as_posix()
         caption = captions.get(name) if captions is not None else _caption_beside(file)
@@ -48,8 +49,8 @@ def _read_text(file: Path) -> str:
     return text
 
 
-def _metadata(file: Path) -> dict[str, str]:
-    captions = {}
+def _metadata(file: Path) -> dict[str, Any]:
+    captions: dict[str, Any] = {}
     for number, line in enumerate(_read_text(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -60,7 +61,7 @@ def _metadata(file: Path) -> dict[str, str]:
     return captions
 
 
-def _entry(line: str, where: str) -> tuple[str, object]:
+def _entry(line: str, where: str) -> tuple[str, Any]:
     """(file name, caption) of a line of metadata.jsonl; the caption is unchecked unless it is a text."""
     try:
         row = json.loads(line)

@@ -21,7 +21,7 @@ TURNED = (5, 6, 7, 8)  # Exif orientations whose width and height are swapped
 PngImagePlugin.MAX_TEXT_CHUNK = 16 * 2**20  # bytes; image editors write histories of more than Pillow's 1 MiB
 
 
-def opened(file: Path | io.BytesIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def opened(file: str | Path | io.BytesIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Pillow's picture of a file, not yet decoded, if it has one of `formats`. Raises UNREADABLE errors."""
     try:
         return Image.open(file, formats=formats)
@@ -29,7 +29,7 @@ def opened(file: Path | io.BytesIO, formats: tuple[str, ...] = FORMATS) -> Image
         raise UnidentifiedImageError(f"no readable {', '.join(formats[:-1])} or {formats[-1]}") from None
 
 
-def loaded(file: Path | io.BytesIO) -> Image.Image:
+def loaded(file: str | Path | io.BytesIO) -> Image.Image:
     """A picture that this package wrote, in memory; its file is closed again. Raises UNREADABLE errors."""
     with opened(file, DRAWN) as image:
         image.load()

@@ -72,7 +72,7 @@ def _from_row(number: int, row: dict, where: str, folder: str) -> Row:
     path = image.get("path")
     name, content = Path(path or "").name or f"{number:05d}", image.get("bytes")
     if not content and path:
-        content = Path(os.path.abspath(os.path.join(folder, path)))
+        content = Path(os.path.abspath(Path(folder, path)))
         if not (os.path.isfile(content) and _is_inside(content, folder)):  # a stranger's table may name any file here
             raise ValueError(
                 f"{where} has no picture but names {path!r:.80}, which is no file in its folder; "

@@ -214,5 +214,5 @@ def _crisp(picture: Image.Image, size: int) -> str:
 
 def data_url(picture: Image.Image, size: int | None = None) -> str:
     """The picture as a JPEG data URL for `img`; a small one is enlarged to `size` px without smoothing."""
-    small = size and picture.width * 2 <= size
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(_enlarged(picture, size) if small else picture)).decode()}"
+    shown = _enlarged(picture, size) if size and picture.width * 2 <= size else picture
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(shown)).decode()}"

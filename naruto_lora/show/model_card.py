@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from operator import methodcaller
 from pathlib import Path
 
 from .. import files, hub, lora
@@ -38,7 +39,7 @@ def write(folder: str | Path, run: dict, record: dict, label: str, drawn: dict[s
     pictures = {"images/compare.jpg": sheet} | {f"images/{n}.jpg": drawn[label][k] for n, k in enumerate(places)}
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        files.replace(folder / name, lambda path, p=picture: path.write_bytes(compare.jpeg(p)))
+        files.replace(folder / name, methodcaller("write_bytes", compare.jpeg(picture)))
     widget = [{"text": prompts[k // per_prompt], "output": {"url": f"images/{n}.jpg"}} for n, k in enumerate(places)]
     text = "\n".join([_front(recipe, widget), _body(run, record, label, base, prompts[0])])
     text = report.HIDDEN.sub("", text)
@@ -71,7 +72,7 @@ def _escaped(letter: re.Match) -> str:
 def _body(run: dict, record: dict, label: str, base: str, prompt: str) -> str:
     recipe, figures = run["recipe"], {name: record["figures"][name] for name in (base, label)}
     said = [sentence for sentence in record["verdict"] if sentence.startswith((f"{label} against {base}", f"{label}:"))]
-    row = next((row for row in record["runs"] if row["model"] == label), {})
+    row: dict = next((row for row in record["runs"] if row["model"] == label), {})
     vae, base_model = (name if not name or hub.is_repository(name) else other
                        for name, other in ((recipe["vae"], "THE_VAE"), (recipe["base"], "THE_BASE")))
     use = USE.format(

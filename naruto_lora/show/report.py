@@ -201,7 +201,7 @@ def previews(folder: str | Path, columns: int = 4) -> dict[int, list]:
 
     Of more than `columns` steps only those that `over_time` shows are read. A picture that can't be read is None.
     """
-    found = {}
+    found: dict[int, dict[int, Path]] = {}
     for file in (Path(folder) / "previews").glob("step-*-*.jpg"):
         named = re.fullmatch(r"step-(\d+)-(\d+)", file.stem)
         if named and file.stat().st_size:  # a full disk leaves files of length 0

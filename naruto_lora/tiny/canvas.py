@@ -7,6 +7,7 @@ a seed gives the same picture on any machine.
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -147,8 +148,8 @@ class Canvas:
         self.image = Image.new("RGB", (side, side), background)
         self.pen = ImageDraw.Draw(self.image)
         # Shadows have no detail: half the corners' resolution is enough.
-        self.shadow = Image.new("L", (side // 2, side // 2)) if look.shade or look.hatch else None
-        self.shadow_pen = None if self.shadow is None else ImageDraw.Draw(self.shadow)
+        self.shadow: Any = Image.new("L", (side // 2, side // 2)) if look.shade or look.hatch else None
+        self.shadow_pen: Any = None if self.shadow is None else ImageDraw.Draw(self.shadow)
         self.place()
 
     def place(self, tilt=0.0, scale=1.0, dx=0.0, dy=0.0):

@@ -284,7 +284,8 @@ def draw(attributes: Mapping[str, str], style: str, rng: np.random.Generator, si
     """Draw a portrait, RGB, `size` x `size` pixels. KeyError for an unknown class or style."""
     look = LOOKS[style]
     f = _figure(attributes, look, rng)
-    wall = tuple(int(v) for v in np.array(BACKGROUNDS[attributes["background"]]) - rng.integers(0, 10, 3))
+    red, green, blue = (int(v) for v in np.array(BACKGROUNDS[attributes["background"]]) - rng.integers(0, 10, 3))
+    wall = red, green, blue
     c = Canvas(size, wall, look)
     _behind(c, wall, rng)
     tilt, scale = rng.uniform(-0.09, 0.09), rng.uniform(0.95, 1.03)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ def write_json(path: Path, data: dict) -> None:
     """Replace `path` in one step, so that a killed process leaves the old or the new file."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
 class Record:
@@ -35,7 +34,7 @@ class Record:
         self.path = work / "log.json"
         self.started = time.monotonic()
         self.end = self.started + 60 * minutes if minutes else math.inf
-        self.data = (
+        self.data: dict = (
             json.loads(self.path.read_text(encoding="utf-8"))
             if self.path.exists()
             else {"seconds": 0.0, "stages": {}}
@@ -213,7 +212,7 @@ class Trainer:
         }
         part = path.with_name(path.name + ".part")
         torch.save(state, part)
-        os.replace(part, path)
+        part.replace(path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:

@@ -93,7 +93,7 @@ def captioned_sheet(pictures: list[Image.Image], texts: list[str], path: Path, c
     for n, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         x, y = n % columns * side, n // columns * (side + below)
         page.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-        lines, line = [], ""
+        lines, line = list[str](), ""
         for word in text.split():
             fits = pen.textlength(f"{line} {word}", font=font) < side - 6
             lines, line = (lines, f"{line} {word}".strip()) if fits else ([*lines, line], word)

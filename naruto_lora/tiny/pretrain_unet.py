@@ -19,7 +19,7 @@ from naruto_lora.tiny.pretrain_engine import Record, Trainer, plan, seeded, trai
 from naruto_lora.tiny.pretrain_pictures import CAPTIONS, load_captions, load_pictures
 from naruto_lora.tiny.pretrain_vae import to_latents
 
-BETAS = {
+BETAS: dict = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",

@@ -7,7 +7,6 @@ as a captioning model would, and never the style. The eight ordinary styles are 
 
 import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,8 +132,8 @@ def read_caption(text: str) -> dict[str, str]:
         colors = {color: "|".join(COLOR.get(color, (color,))) for color in ATTRIBUTES[name]}
         patterns[name] = {color: _pattern(words, alternatives) for color, alternatives in colors.items()}
     patterns["accessory"]["none"] = ""
-    found = {name: _first(patterns[name], text) for name in ATTRIBUTES}
-    if missing := [name for name, value in found.items() if value is None]:
+    found = {name: value for name in ATTRIBUTES if (value := _first(patterns[name], text)) is not None}
+    if missing := [name for name in ATTRIBUTES if name not in found]:
         raise ValueError(f"'{text}' is not a caption of this world: it doesn't name {', '.join(missing)}")
     return found
 
@@ -190,5 +189,5 @@ def write_dataset(folder: str | Path, count: int = 320, seed: int = 0, style: st
         path.write_bytes(file.getvalue())
     part = folder / "metadata.jsonl.part"
     part.write_bytes(lines)
-    os.replace(part, listing)
+    part.replace(listing)
     return folder

@@ -12,8 +12,9 @@ from PIL import Image
 from .. import files
 from ..reading.picture import loaded
 
-NEEDED = {"id": str, "prompt": str, "seed": int, "pictures": dict}  # what a set must have
-SETTINGS = {"steps": int, "guidance_scale": (int, float), "scheduler": str, "resolution": int}  # what it may have
+Kinds = dict[str, type | tuple[type, ...]]
+NEEDED: Kinds = {"id": str, "prompt": str, "seed": int, "pictures": dict}  # what a set must have
+SETTINGS: Kinds = {"steps": int, "guidance_scale": (int, float), "scheduler": str, "resolution": int}  # may have
 
 
 class Album:

@@ -123,8 +123,8 @@ class Viewer:
         if not self.shown:
             self.result.value = "<div style='opacity:.75;padding:8px 0'>No pictures yet.</div>"
         elif sliding and set(names) <= set(self.shown):
-            pair = [self.shown[name] for name in names]
-            self.result.value = self.caption + compare.slider(*pair, names, self.zoom.value)
+            left, right = (self.shown[name] for name in names)
+            self.result.value = self.caption + compare.slider(left, right, names, self.zoom.value)
         else:
             self.result.value = self.caption + compare.cards(self.shown, self.zoom.value)
 

@@ -62,8 +62,13 @@ class Votes:
         return Pair(self.order[0], prompt, self.models[self.side], pictures)
 
     def vote(self, choice: str) -> None:
-        """'left', 'right' or 'equal' for the current pair; saved to the disk when this returns. Raises OSError."""
+        """'left', 'right' or 'equal' for the current pair; saved to the disk when this returns.
+
+        Raises OSError, and ValueError when all are done.
+        """
         pair = self.current
+        if pair is None:
+            raise ValueError("every pair has a vote: there is none left to vote on")
         chosen = {"left": pair.left, "right": pair.right, "equal": EQUAL}[choice]
         append_line(self.file, {"pair": pair.key, "prompt": pair.prompt, "left": pair.left, "right": pair.right,
                                 "vote": chosen})

@@ -479,7 +479,7 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.part in ("all", "stock", "fixed"):
-        options.stock = script.found(options.stock or Path("")).resolve()
+        options.stock = script.found(options.stock or Path()).resolve()
     parts = {"stock": stock, "fixed": lambda o, name: stock(o, name, str(o.base / "vae")), "ours": ours, "exact": exact}
     whole = {"all": everything, "prepare": prepare, "thirty": thirty, "table": table}
     if options.part in whole:

@@ -53,10 +53,10 @@ def hasty(monkeypatch):
     monkeypatch.setattr(owner, "SILENT", 1.0)
 
 
-def claim_of(machine, token="abc", at=None, pid=1, beats=3):
+def claim_of(machine, id="abc", at=None, pid=1, beats=3):
     at = time.time() if at is None else at
     return {
-        "machine": machine, "host": "colab-7", "pid": pid, "token": token, "since": at, "at": at, "beats": beats,
+        "machine": machine, "host": "colab-7", "pid": pid, "id": id, "since": at, "at": at, "beats": beats,
     }  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def test_a_machine_that_is_silent_is_replaced(tmp_path, hasty):
     started, claim = time.monotonic(), owner.Claim(tmp_path)
     claim.hold(wait=True)
     assert time.monotonic() - started >= owner.SILENT
-    assert owner.read(tmp_path)["token"] == claim.token
+    assert owner.read(tmp_path)["id"] == claim.id
 
 
 def test_a_machine_whose_last_sign_is_long_ago_is_replaced_at_once(tmp_path, monkeypatch):
@@ -139,7 +139,7 @@ def test_a_machine_that_finishes_meanwhile_is_not_waited_for(tmp_path, monkeypat
     assert claim.held and time.monotonic() - started < 20
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"token": 5}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"id": 5}', b"\xff", b"[" * 100_000])
 def test_a_claim_that_cant_be_read_counts_once_it_is_silent(tmp_path, hasty, monkeypatch, content):
     monkeypatch.setattr(owner, "SILENT", 0.1)
     (tmp_path / owner.NAME).write_bytes(content)
@@ -195,7 +195,7 @@ def test_what_another_machine_took_over_is_not_taken_back(tmp_path, hasty):
     with pytest.raises(owner.Taken, match="another machine, 'colab-7'"):
         claim.hold()
     claim.release()
-    assert owner.read(tmp_path)["token"] == "abc"
+    assert owner.read(tmp_path)["id"] == "abc"
 
 
 def test_two_runs_in_one_folder_are_told_before_anything_is_encoded(plan, tmp_path, holder, monkeypatch):
@@ -231,7 +231,7 @@ def test_a_mirror_that_another_machine_takes_gets_no_more_copies_and_the_run_goe
     assert same_adapter(out, trained.folder)
     assert [checkpoint.step_of(path) for path in checkpoint.find(mirror)] == [2]
     assert sum("no copy in the mirror" in note and "'colab-7'" in note for note in watcher.notes) == 1
-    assert owner.read(mirror)["token"] == "abc"
+    assert owner.read(mirror)["id"] == "abc"
 
 
 def test_a_folder_that_another_machine_takes_is_left_to_it(plan, tmp_path, cache_folder):

@@ -107,7 +107,7 @@ def test_every_class_is_sampled_about_as_often_as_the_others():
     people = [prompt["attributes"] for prompt in world.prompts(2000, 0)]
     for name, classes in world.ATTRIBUTES.items():
         shares = [sum(person[name] == one for person in people) / 2000 * len(classes) for one in classes]
-        assert 0.8 < min(shares) and max(shares) < 1.2, name
+        assert 0.8 < min(shares) <= max(shares) < 1.2, name
 
 
 def contents(folder):

@@ -1,9 +1,13 @@
 """The package as a whole: light to import, one direction, complete when it is installed."""
 
 import glob
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import naruto_lora
 
@@ -65,6 +69,32 @@ def test_what_is_installed_has_its_data():
               if p.suffix in (".json", ".safetensors", ".txt", ".md") and p.is_file()}
     assert needed and needed <= packed, needed - packed
     assert settings["project"]["version"] == naruto_lora.__version__
+
+
+def check_types(folder):
+    """mypy's exit status and words, for the package in `folder`."""
+    command = [sys.executable, "-m", "mypy", "--no-incremental", f"--cache-dir={os.devnull}"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return result.returncode, result.stdout + result.stderr
+
+
+def test_the_type_checker_has_nothing_to_say():
+    status, said = check_types(FOLDER.parent)
+    assert status == 0, said[-2000:]
+
+
+@pytest.mark.parametrize("file, line, found", [
+    ("recipe.py", "adjust('naruto-256')", 'expected "Recipe"'),
+    ("memory/plan.py", "MARGIN.nothing", '"float" has no attribute'),
+    ("cache.py", "def f(cache: Cache) -> int: return cache.names", "Incompatible return value"),
+])  # fmt: skip
+def test_a_wrong_type_is_found(tmp_path, file, line, found):
+    shutil.copytree(FOLDER, tmp_path / "naruto_lora", ignore=shutil.ignore_patterns("base", "__pycache__"))
+    shutil.copy(FOLDER.parent / "pyproject.toml", tmp_path)
+    with open(tmp_path / "naruto_lora" / file, "a") as source:
+        source.write(f"\n{line}\n")
+    status, said = check_types(tmp_path)
+    assert status == 1 and found in said, said
 
 
 def test_the_linter_has_nothing_to_say():
