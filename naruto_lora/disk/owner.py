@@ -132,7 +132,7 @@ def machine() -> str:
     """What tells this machine, or container, from every other one, and from itself before it was started anew."""
     parts = [platform.node(), str(uuid.getnode())]
     with contextlib.suppress(OSError):
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
+        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 

@@ -30,8 +30,8 @@ class PromptComparer:
         self.album, self.pipe, self.models = Album(folder), pipe, models or {}
         self.prompts, self.draw = list(prompts), draw or _pipeline_draw
         self.defaults = {"steps": 30, "guidance_scale": 5.0, "scheduler": "euler"} | settings
-        self.stopping, self.lock = threading.Event(), threading.Lock()
         self.thread: threading.Thread | None = None
+        self.stopping, self.lock = threading.Event(), threading.Lock()
         self.busy = BUSY.setdefault(id(pipe), threading.Lock())
         self.status, self.reason = widgets.HTML(), ""  # the HTML that `_check` last wrote there
         self.viewer = Viewer(self.album, self._say)
@@ -167,8 +167,7 @@ class PromptComparer:
             self.thread.join(seconds)
 
     def _run(self, settings: dict, chosen: list[tuple[str, str, float]]) -> None:
-        drawn: dict = {}
-        begun, wrong = time.time(), False
+        drawn, begun, wrong = dict[str, list](), time.time(), False
         try:
             self._draw_all(settings, chosen, drawn, begun)
             if not self.stopping.is_set():
