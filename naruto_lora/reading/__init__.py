@@ -6,6 +6,7 @@
 - `archive`: a .zip of such a folder, unpacked once
 - `table`: parquet files, or a data set on the hub, read by the `datasets` library
 - `picture`: one picture from its bytes, of common formats alone: upright, in RGB, cropped; the buckets
+- `shape`: how much of the pictures a crop cuts away; squares or buckets
 - `faults`: pictures and captions that may spoil a LoRA
 - `prompts`: prompts from a list or a file
 

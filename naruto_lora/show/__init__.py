@@ -3,9 +3,10 @@
 In reading order:
 
 - `compare`: pictures side by side, over time, or under a slider
+- `crops`: what a crop keeps of each picture
 - `report`: a run's curves and tables
 - `page`: a comparison as one HTML file
 - `model_card`: the README.md of a LoRA on the hub
 
-It imports what is below it: the ground floor, `memory` and `measure`. `widgets` and `colab` may import it.
+It imports what is below it: the ground floor, `reading`, `memory` and `measure`. `widgets` and `colab` may import it.
 """
