@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -66,7 +67,8 @@ def versions(name: str) -> list[str]:
     if name != "floors":
         return ["-r", str(HERE / f"{name}.txt")]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    return [line.replace(">=", "==") for line in lines if ">=" in line] + ["pytest", "ruff"]
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    return [line.replace(">=", "==") for line in lines if ">=" in line] + tools
 
 
 def prepared(name: str, folder: Path, args) -> bool:
