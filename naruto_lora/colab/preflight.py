@@ -11,6 +11,7 @@ from pathlib import Path
 
 from .. import hub, models, pipeline
 from ..memory import gpu, plan, predict
+from . import share
 from .machine import PACKAGES, installed
 
 GPU_MENU = "on Colab: Runtime › Change runtime type › T4 GPU, then run all cells again"
@@ -34,8 +35,8 @@ class Row:
         return {"": self.what, "here": self.here, "needed": self.needed, "enough?": verdict}
 
 
-def check(recipe, folder: str | Path = ".", card: gpu.Card | None = None) -> list[Row]:
-    """Checks GPU, its memory, host memory, disk and versions; `card` is by default the one here."""
+def check(recipe, folder: str | Path = ".", card: gpu.Card | None = None, push_to: str = "") -> list[Row]:
+    """Checks GPU, its memory, host memory, disk, versions and the hub to push to; `card` is by default the one here."""
     import torch
 
     if card is None:
@@ -44,7 +45,7 @@ def check(recipe, folder: str | Path = ".", card: gpu.Card | None = None) -> lis
     rows = [_gpu(recipe, card)]
     if card.cuda or recipe.precision == "fp32":
         rows += [_training(recipe, card), _drawing(recipe, card)]
-    return [*rows, _host(recipe), *_disk(recipe, Path(folder)), *_versions()]
+    return [*rows, _host(recipe), *_disk(recipe, Path(folder)), *_versions(), *_push(push_to)]
 
 
 def refuse(rows: list[Row]) -> None:
@@ -134,6 +135,13 @@ def _versions() -> list[Row]:
             short = "choose Colab's newest runtime version, or install a newer one"
         rows.append(Row(name, here or "not installed", needed, short))
     return rows
+
+
+def _push(push_to: str) -> list[Row]:
+    if not push_to:
+        return []
+    short = share.refused(push_to)
+    return [Row("`push_to`", push_to, "a name and a token", short, bool(short))]
 
 
 def floors() -> dict[str, str]:

@@ -13,6 +13,10 @@ from .machine import on_colab
 
 LOCAL = {"dataset": "a local data set", "base": "a local base model", "vae": "a local VAE"}  # as the hub shows paths
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+WRITE_ACCESS = (
+    "create a token with write access at https://huggingface.co/settings/tokens and save it in Colab's secrets as "
+    "HF_TOKEN"
+)
 REFUSED = (401, 403, 404)  # HTTP: no token, no write access, a private repository of somebody else
 
 
@@ -52,6 +56,30 @@ def push(folder: str | Path, repository: str, private: bool = True) -> None:
     address = f"https://huggingface.co/{repository}"
     print(f"{address} is private: to publish it, choose 'Make public' at {address}/settings. Check README.md before: "
           "its prompts may be captions of your pictures." if private else address)
+
+
+def refused(repository: str) -> str:
+    """Why `push` to `repository` would fail, as far as can be seen before training; '' if nothing is wrong.
+
+    Asks the hub who the token belongs to; without a network it says nothing.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.utils import validate_repo_id
+
+    if not repository:
+        return ""
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        return str(_explained(error, repository))
+    if get_token() is None:
+        return f"there is no token: {WRITE_ACCESS}"
+    try:
+        role = HfApi().whoami()["auth"]["accessToken"]["role"]
+    except Exception as error:  # as in `push`; an unknown answer is no refusal
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        return f"the hub doesn't know this token: {WRITE_ACCESS}" if status in REFUSED else ""
+    return f"this token can only read: {WRITE_ACCESS}" if role == "read" else ""
 
 
 def shared(folder: str | Path) -> dict[str, Path | bytes]:
@@ -99,10 +127,7 @@ def _explained(error: Exception, repository: str) -> Exception:
     """The exception to raise instead of the hub client's `error`: what is wrong, and how to fix it."""
     status, kind = getattr(getattr(error, "response", None), "status_code", None), type(error).__name__
     if status in REFUSED or kind == "LocalTokenNotFoundError":
-        return PermissionError(
-            f"the hub refuses to write '{repository}' ({kind}): create a token with write access at "
-            "https://huggingface.co/settings/tokens and save it in Colab's secrets as HF_TOKEN"
-        )
+        return PermissionError(f"the hub refuses to write '{repository}' ({kind}): {WRITE_ACCESS}")
     if kind == "HFValidationError":
         return ValueError(f"`push_to` can't be '{repository}': write it as your-name/my-style")
     if status is not None and status < 500:

@@ -1,10 +1,12 @@
 """The machine, the form, and where results are saved."""
 
 import importlib
+import json
 import os
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -101,6 +103,49 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_name(cells, message):
         return form.check_parameters(cells)
     with pytest.raises(ValueError, match=message):
         form.check_parameters(cells)
+
+
+TYPES = """
+runs = "runs"  # @param {type:"string"}
+recipe = "naruto-1024"  # @param ["naruto-1024", "naruto-256"] {allow-input: true}
+steps = 40  # @param {type:"integer"}
+max_minutes = 0.0  # @param {type:"number"}
+disconnect = False  # @param {type:"boolean"}
+"""
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("disconnect", "false", "`disconnect` must be True or False, not 'false'"),  # papermill's -p disconnect false
+    ("disconnect", 0, "`disconnect` must be True or False, not 0"),
+    ("steps", "ten", "`steps` must be a whole number, not 'ten'"),
+    ("steps", 1.5, "`steps` must be a whole number, not 1.5"),
+    ("steps", True, "`steps` must be a whole number, not True"),
+    ("max_minutes", None, "`max_minutes` must be a number, not None"),
+    ("max_minutes", True, "`max_minutes` must be a number, not True"),
+    ("runs", 2024, "`runs` must be text in quotes, not 2024"),
+    ("recipe", 256, "`recipe` must be text in quotes, not 256"),
+    ("max_minutes", 7, None), ("disconnect", True, None), ("steps", 0, None), ("other", object(), None),
+])  # fmt: skip
+def test_a_value_of_another_type_is_refused_by_name(name, value, message):
+    if message is None:
+        return form.check_parameters(["", TYPES], {name: value})
+    with pytest.raises(ValueError) as caught:
+        form.check_parameters(["", TYPES, f"# Parameters\n{name} = {value!r}\n"], {name: value})
+    assert str(caught.value) == message
+
+
+def test_every_parameter_of_the_notebooks_has_a_type_that_is_checked():
+    notebooks = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) == 5
+    for notebook in notebooks:
+        cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"]]
+        (source,) = [cell for cell in cells if "# @param" in cell]
+        values: dict = {}
+        exec(source, values)
+        form.check_parameters(cells, values)
+        for name in set(values) - {"__builtins__"}:
+            with pytest.raises(ValueError, match=f"`{name}` must be"):
+                form.check_parameters(cells, values | {name: object()})
 
 
 def test_the_state_says_whether_a_run_is_resumed(plan, trained, tmp_path):

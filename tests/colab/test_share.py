@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from PIL import Image
 
 from naruto_lora import lora
-from naruto_lora.colab import share
+from naruto_lora.colab import preflight, share
 
 CARD = """---
 widget: [{"text": "a man", "output": {"url": "images/0.jpg"}}]
@@ -151,3 +151,33 @@ def test_each_failure_is_one_sentence_with_its_fix(run, hub, error, kind, messag
     with pytest.raises(kind, match=message) as raised:
         share.push(run, "me/style")
     assert "token=" not in str(raised.value) and raised.value.__suppress_context__
+
+
+@pytest.mark.parametrize("repository, token, answer, said", [
+    ("", None, None, ""),
+    ("my style", "hf_x", "write", "`push_to` can't be 'my style': write it as your-name/my-style"),
+    ("https://huggingface.co/me/a", "hf_x", "write", "`push_to` can't be 'https://huggingface.co/me/a': write it as"),
+    ("me/a/b", "hf_x", "write", "`push_to` can't be 'me/a/b': write it as your-name/my-style"),
+    ("me/mine", None, None, "there is no token: create a token with write access at https://huggingface.co/settings/"),
+    ("me/mine", "hf_x", "read", "this token can only read: create a token with write access"),
+    ("me/mine", "hf_x", refusal(401), "the hub doesn't know this token: create a token with write access"),
+    ("me/mine", "hf_x", refusal(503), ""),
+    ("me/mine", "hf_x", OfflineModeIsEnabled("offline"), ""),
+    ("me/mine", "hf_x", "fineGrained", ""),
+    ("mine", "hf_x", "write", ""),
+])  # fmt: skip
+def test_a_push_that_would_fail_is_refused_before_training(monkeypatch, repository, token, answer, said):
+    def whoami(self):
+        if isinstance(answer, Exception):
+            raise answer
+        return {"auth": {"accessToken": {"role": answer}}}
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr(huggingface_hub.HfApi, "whoami", whoami)
+    reason = share.refused(repository)
+    assert reason.startswith(said) and bool(reason) == bool(said) and "hf_x" not in reason
+    (row,) = preflight._push(repository) or [None]
+    if not repository:
+        assert row is None
+    else:
+        assert row.stops == bool(said) and row.short == reason
