@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
-import math
-import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import safe_open
 
-from . import data, files, models
+from . import data, models
+from .disk.shards import Entry, Fits, Mirror, Shards, is_full, key_of
 from .memory import gpu
-from .progress import note
 from .reading import picture
 
-SHARD_BYTES, SHARD_ENTRIES = 16 * 2**20, 64  # either fills a shard: some 50 captions, or 64 pictures at 1024 px
 VAE_NUMBERS = 1024  # numbers that the VAE's encoder holds per pixel: 2 GiB for a picture of 1024 px in fp16
-ABANDONED = 3600.0  # seconds after which an unfinished file counts as left by a killed run
 
 
 @dataclass(frozen=True)
@@ -79,47 +72,73 @@ def encode(examples: list[data.Example], recipe, folder: str | Path, show=None, 
 
     With the recipe's `flip`, pictures are also encoded mirrored, except the last `held`, the hold-out. `mirror`, a
     folder whose parent exists (as on Google Drive), gets a copy of each shard and restores lost ones. Finished shards
-    survive a kill. `show(phase, done, total)` is called after each batch. Raises ValueError for an unreadable picture
-    or a latent that is not finite, with the picture's name, and OSError if `folder` is full or can't be written.
+    survive a kill, spoilt ones are made again. `show(phase, done, total)` is called after each batch. Raises ValueError
+    for an unreadable picture, a latent or a caption's encoding that is not finite, with its name, and OSError if
+    `folder` is full or can't be written.
     """
     text_key = f"{models.identity(recipe.base)}|{recipe.precision}"
     vae_key = f"{models.identity(recipe.vae or recipe.base)}|{recipe.precision}|{recipe.resolution}"
     vae_key += "|buckets" if recipe.buckets else ""
-    prompts = tuple(_key(text_key, e.caption.encode()) for e in examples)
-    latents = tuple(_key(vae_key, e.read()) for e in examples)
+    prompts = tuple(key_of(text_key, e.caption.encode()) for e in examples)
+    latents = tuple(key_of(vae_key, e.read()) for e in examples)
     flips = len(examples) - held if recipe.flip else 0
-    mirrored = tuple(_key("mirrored", key.encode()) for key in latents[:flips]) + latents[flips:]
+    mirrored = tuple(key_of("mirrored", key.encode()) for key in latents[:flips]) + latents[flips:]
 
     captions: dict = {key: e.caption for key, e in zip(prompts, examples, strict=True)}
     pictures: dict = dict(zip(latents, examples, strict=True))
     pictures |= {key: replace(e, mirrored=True) for key, e in zip(mirrored[:flips], examples[:flips], strict=True)}
-    copies = _Mirror(mirror, show)
+    copies = Mirror(mirror, show)
     shards: dict[str, safe_open] = {}
-    for kind, items, encoded in (("captions", captions, _captions), ("pictures", pictures, _pictures)):
-        place = Path(folder) / ("prompts" if kind == "captions" else "latents")
-        found = _find(place, items, copies, show)
-        missing = {key: item for key, item in items.items() if key not in found}
+    for kind, place, items, encoded, fits in (
+        ("captions", "prompts", captions, _captions, _caption_fits(recipe)),
+        ("pictures", "latents", pictures, _pictures, _picture_fits(recipe)),
+    ):
+        store = Shards(Path(folder) / place, fits, copies, show)
+        shards |= store.find(items)
+        missing = {key: item for key, item in items.items() if key not in shards}
         if missing:
-            _fill(place, missing, encoded(missing, recipe), kind, copies, show)
+            shards |= _fill(store, missing, encoded(missing, recipe), kind, show)
             gpu.free()
-            found = _by_key(_open(place, show))
-        shards |= {key: found[key] for key in items}
     shapes = tuple(tuple(shards[key].get_slice(f"{key}.mean").get_shape()) for key in latents)
     return Cache(tuple(e.name for e in examples), shapes, latents, mirrored, prompts, shards)
 
 
-def _key(kind: str, content: bytes) -> str:
-    return hashlib.sha256(kind.encode() + b"\0" + content).hexdigest()[:32]
+def _caption_fits(recipe) -> Fits:
+    """Whether a caption's entry is what `encode_prompts` gives for the recipe."""
+    dtype, shapes = models.DTYPES[recipe.precision], models.prompt_shapes(recipe.base)
+    expected = {name: (dtype, shape) for name, shape in shapes.items()}
+    return lambda entry: {name: (value.dtype, tuple(value.shape)) for name, value in entry.items()} == expected
 
 
-Encoded = Generator[tuple[list[str], list[dict[str, torch.Tensor]]]]  # keys and tensors, a batch at a time
+def _picture_fits(recipe) -> Fits:
+    """Whether a picture's entry is what `encode_pictures` gives; the latents' size must be that of its time_ids."""
+    dtypes = (models.DTYPES[recipe.precision], torch.float32)  # a VAE that overflows in fp16 is in fp32
+    factor, side = models.vae_scale_factor(recipe.base, recipe.vae), recipe.resolution
+
+    def fits(entry: Entry) -> bool:
+        ids = entry.get("time_ids", torch.empty(0))
+        if entry.keys() != {"mean", "std", "time_ids"} or ids.shape != (6,) or ids.dtype != torch.float32:
+            return False
+        high, wide = ids[4:].tolist()
+        shape = (4, high // factor, wide // factor)
+        right = all(tuple(entry[name].shape) == shape and entry[name].dtype in dtypes for name in ("mean", "std"))
+        return right and (recipe.buckets or (high, wide) == (side, side))
+
+    return fits
+
+
+Encoded = Generator[tuple[list[str], list[Entry]]]  # keys and tensors, a batch at a time
 
 
 def _captions(missing: dict[str, str], recipe) -> Encoded:
     device, dtype = models.device_for(recipe.precision), models.DTYPES[recipe.precision]
     encoders = models.load_text_encoders(recipe.base, dtype, device)
     for keys in _batches(list(missing), 16):
-        yield keys, encode_prompts(encoders, [missing[key] for key in keys])
+        rows = encode_prompts(encoders, [missing[key] for key in keys])
+        for key, row in zip(keys, rows, strict=True):
+            if not all(value.isfinite().all() for value in row.values()):
+                raise ValueError(f"the encoding of the caption '{missing[key]:.60}' is not finite; use fp32")
+        yield keys, rows
 
 
 def _pictures(missing: dict[str, data.Example], recipe) -> Encoded:
@@ -208,112 +227,19 @@ def encode_pictures(vae, crops: list[data.Crop]) -> torch.Tensor:
     return moments.to("cpu", non_blocking=True)
 
 
-class _Shard(NamedTuple):
-    path: Path
-    open: safe_open
-    keys: set[str]
-
-
-def _open(folder: Path, show) -> list[_Shard]:
-    """The shards in `folder`, memory-mapped; reports and removes broken ones."""
-    shards = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            opened = safe_open(path, "pt")
-        except FileNotFoundError:  # another run has removed it as broken
-            continue
-        except SafetensorError as error:
-            note(show, f"'{path}' in the cache is broken ({error}): its entries are encoded again")
-            path.unlink(missing_ok=True)
-            continue
-        shards.append(_Shard(path, opened, {name.rpartition(".")[0] for name in opened.keys()}))
-    return shards
-
-
-def _by_key(shards: Iterable[_Shard]) -> dict[str, safe_open]:
-    return {key: shard.open for shard in shards for key in shard.keys}
-
-
-def _find(folder: Path, keys: Iterable[str], copies: _Mirror, show) -> dict[str, safe_open]:
-    """{key: its shard} in `folder`, which it creates, after copying shards with some of `keys` from the mirror."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob("*.writing"):
-            if time.time() - path.stat().st_mtime > ABANDONED:
-                path.unlink()
-    except OSError as error:
-        raise OSError(f"the cache folder '{folder}' can't be used ({error.strerror}): choose another") from None
-    copies.exchange(folder, set(keys))
-    return _by_key(_open(folder, show))
-
-
-def _fill(folder: Path, missing: dict, encoded: Encoded, phase: str, copies: _Mirror, show) -> None:
-    """Writes what `encoded` yields for `missing` into shards, each when it is full."""
-    entries, done = {}, 0
+def _fill(store: Shards, missing: dict, encoded: Encoded, phase: str, show) -> dict[str, safe_open]:
+    """Writes what `encoded` yields for `missing` into shards, each when it is full; returns them by key."""
+    entries: dict[str, Entry] = {}
+    written: dict[str, safe_open] = {}
+    done = 0
     with contextlib.closing(encoded):  # so that an interrupt stops its threads too
         for keys, rows in encoded:
             for key, row in zip(keys, rows, strict=True):
                 entries[key] = {name: value.cpu().contiguous() for name, value in row.items()}
                 done += 1
-                if done == len(missing) or _is_full(entries):
-                    copies.put(_save(folder, entries, len(missing) - done))
+                if done == len(missing) or is_full(entries):
+                    written |= store.write(entries, len(missing) - done)
                     entries = {}
             if show:
                 show(phase, done, len(missing))
-
-
-def _is_full(entries: dict[str, dict[str, torch.Tensor]]) -> bool:
-    size = sum(value.nbytes for row in entries.values() for value in row.values())
-    return len(entries) >= SHARD_ENTRIES or size >= SHARD_BYTES
-
-
-def _save(folder: Path, entries: dict[str, dict[str, torch.Tensor]], left: int) -> Path:
-    """Writes one shard, named after its keys, and returns its path; `left` entries are still to be written."""
-    content = save({f"{key}.{name}": value for key, row in entries.items() for name, value in row.items()})
-    path = folder / f"{_key('shard', '|'.join(sorted(entries)).encode())}.safetensors"
-    try:
-        files.replace(path, lambda temporary: temporary.write_bytes(content))
-    except OSError as error:
-        need = math.ceil(len(content) * (1 + left / len(entries)) / 2**20)
-        raise OSError(
-            f"the cache folder '{folder}' can't be written ({error.strerror}): it needs {need} MiB or more; make room "
-            f"or choose another folder. Finished entries are kept"
-        ) from None
-    return path
-
-
-class _Mirror:
-    """A second folder of shards. It reports its first error; then the run continues without it."""
-
-    def __init__(self, folder: str | Path | None, show):
-        self.folder, self.show = Path(folder) if folder else None, show
-
-    def exchange(self, folder: Path, keys: set[str]) -> None:
-        """Copies shards with entries of `keys` between `folder` and the mirror, if only one of the two has them."""
-        self._attempt(self._exchange, folder, keys)
-
-    def put(self, path: Path) -> None:
-        """Copies one shard into the mirror."""
-        self._attempt(lambda folder: files.copy_whole(path, folder / path.parent.name / path.name))
-
-    def _exchange(self, mirror: Path, folder: Path, keys: set[str]) -> None:
-        mirrored = mirror / folder.name
-        for place in (mirror, mirrored):
-            place.mkdir(exist_ok=True)
-        ours, theirs = _open(folder, self.show), _open(mirrored, self.show)
-        for source, target, known in ((theirs, folder, ours), (ours, mirrored, theirs)):
-            lacking = keys - set(_by_key(known))
-            for shard in source:
-                if lacking & shard.keys:
-                    files.copy_whole(shard.path, target / shard.path.name)
-                    lacking -= shard.keys
-
-    def _attempt(self, action, *arguments) -> None:
-        if self.folder is None:
-            return
-        try:
-            action(self.folder, *arguments)
-        except OSError as error:
-            reason = error.strerror or error
-            note(self.show, f"no copy of the cache is kept in '{self.folder}' ({reason}); the run continues")
-            self.folder = None
+    return written

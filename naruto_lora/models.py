@@ -57,6 +57,13 @@ def unet_config(base: str) -> dict:
     return _config(base, "unet/config.json", "an SDXL model")
 
 
+def prompt_shapes(base: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of an encoded prompt: prompt_embeds (L, D) and pooled (P,); 77 x 2048 and 1280 for SDXL."""
+    tokenizer, unet = _config(base, "tokenizer/tokenizer_config.json", "an SDXL model"), unet_config(base)
+    pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]  # less six time_ids
+    return {"prompt_embeds": (tokenizer.get("model_max_length", 77), unet["cross_attention_dim"]), "pooled": (pooled,)}
+
+
 def default_resolution(base: str, vae: str = "") -> int:
     """The side of the pictures that the base was trained for, in px: 1024 for SDXL."""
     return unet_config(base).get("sample_size", 128) * vae_scale_factor(base, vae)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from naruto_lora import cache, data, files, models
 from naruto_lora.data import Example
+from naruto_lora.disk import shards as disk_shards
 from naruto_lora.reading import picture
 
 
@@ -103,7 +104,7 @@ def shards(folder, kind="latents"):
 def test_entries_are_in_few_files(plan, examples, tmp_path, encoders, monkeypatch):
     encoded_count(many(examples, 150), plan, tmp_path, encoders)
     assert [len(shards(tmp_path, kind)) for kind in ("prompts", "latents")] == [3, 1]  # 64 + 64 + 22 captions
-    monkeypatch.setattr(cache, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(disk_shards, "FULL_BYTES", 10_000)
     encoded_count(examples[0][:9], plan.replace(resolution=40), tmp_path, encoders)  # 2 x 4 x 10 x 10 fp32, 24 bytes
     assert len(shards(tmp_path)) == 1 + 3  # 4 + 4 + 1 pictures
 
@@ -112,7 +113,7 @@ def test_entries_are_in_few_files(plan, examples, tmp_path, encoders, monkeypatc
 def test_a_killed_run_continues_from_its_last_finished_shard(plan, examples, tmp_path, encoders, monkeypatch, batches):
     rows = many(examples)
     captions, pictures = len(rows), len({e.read() for e in rows})
-    monkeypatch.setattr(cache, "SHARD_ENTRIES", 6)
+    monkeypatch.setattr(disk_shards, "FULL_ENTRIES", 6)
     monkeypatch.setattr(cache, "_batches", lambda keys, size: [keys[n : n + 4] for n in range(0, len(keys), 4)])
 
     def kill_at(phase_killed):
@@ -150,7 +151,7 @@ def test_unfinished_files_of_a_killed_run_are_removed(plan, examples, tmp_path, 
 
 @pytest.mark.parametrize("share", [0.0, 0.0005, 0.02, 0.5, 0.9999])
 def test_a_truncated_shard_is_encoded_again(plan, examples, tmp_path, encoders, capsys, monkeypatch, share):
-    monkeypatch.setattr(cache, "SHARD_ENTRIES", 3)
+    monkeypatch.setattr(disk_shards, "FULL_ENTRIES", 3)
     rows = examples[0][:7]
     before = values(cache.encode(rows, plan, tmp_path))
     whole = {path.name for path in shards(tmp_path)}
@@ -200,7 +201,7 @@ def test_two_runs_at_the_same_time_share_a_cache(plan, examples, tmp_path, encod
 
 
 def test_a_full_disk_is_reported_and_finished_shards_stay(plan, examples, tmp_path, encoders, monkeypatch):
-    monkeypatch.setattr(cache, "SHARD_ENTRIES", 4)
+    monkeypatch.setattr(disk_shards, "FULL_ENTRIES", 4)
     whole, written = files.replace, []
 
     def full_later(path, write):

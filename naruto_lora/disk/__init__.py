@@ -3,6 +3,7 @@
 In the order to read it:
 
 - `owner`: one owner a run: a claim on its folder and on its mirror
+- `shards`: the encoded cache's files: opened, checked, written and mirrored
 
-It imports `progress` and `files`. `cache` and `checkpoint` import it.
+It imports `files` and `progress`. `cache` and `checkpoint` import it.
 """

@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from naruto_lora import cache, data, models, recipe, train
+from naruto_lora.disk import shards
 from naruto_lora.memory import gpu
 from naruto_lora.tiny import BASE, world
 
@@ -141,10 +142,11 @@ def together(examples, plan, folder: Path) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     missing = {str(k).zfill(32): example for k, example in enumerate(examples)}
     folder.mkdir(parents=True)
+    store = shards.Shards(folder, fits=lambda entry: True)
     gpu.reset_peak()
     begun = time.perf_counter()
     encoded = cache._pictures(missing, plan)
-    cache._fill(folder, missing, encoded, "pictures", cache._Mirror(None, None), None)
+    cache._fill(store, missing, encoded, "pictures", None)
     seconds = time.perf_counter() - begun
     return {"seconds for both": seconds, "both a second": len(examples) / seconds, "peak GiB": gpu.peak_gib()}
 

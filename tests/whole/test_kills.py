@@ -39,12 +39,13 @@ for line in sys.stdin:
 DRIVER = """
 import os, random, signal, sys, threading
 from naruto_lora import cache, checkpoint, files, step, train
+from naruto_lora.disk import shards
 from naruto_lora.measure import validation
 
 plan, out, cache_folder, mirror, part, seed = sys.argv[1:]
 rng, stack, count = random.Random(int(seed)), [], [0]
 last, seconds = rng.randint(1, 4 if part == "encode" else 30), 3 * rng.random()
-cache.SHARD_ENTRIES = 8
+shards.FULL_ENTRIES = 8
 
 def die():
     print("/".join(stack) or "between", flush=True)

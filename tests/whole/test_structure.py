@@ -107,5 +107,4 @@ def test_the_map_is_the_house():
     drawn = [set(re.findall(r"[\w/]+", level)) for level in order.split(" · ")]
     layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
     held = [set(re.findall(r"\w+", layer)) for layer in reversed(layers) if layer not in ("tiny", "__main__")]
-    held = [held[0] | held[1], *held[2:]]  # the small tools, which the map names together
     assert [{name.strip("/") for name in level} for level in drawn] == held
