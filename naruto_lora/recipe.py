@@ -12,8 +12,15 @@ from pathlib import Path
 
 from . import call_as
 
-SCHEDULES = ("constant", "cosine")
-PRECISIONS = ("fp16", "fp32")
+SCHEDULES, PRECISIONS = ("constant", "cosine"), ("fp16", "fp32")
+BOUNDS = {  # a field's type, its least and its largest value; `steps` is a form's
+    "resolution": (int, 8, 4096), "buckets": (bool, 0, 1), "flip": (bool, 0, 1), "batch": (int, 1, 4096),
+    "accumulation": (int, 1, 4096), "rank": (int, 1, 2048), "alpha": (float, 1e-6, 10**6), "seed": (int, 0, 2**64 - 1),
+    "caption_dropout": (float, 0, 0.99), "holdout": (float, 0, 0.99), "previews": (int, 0, 1000),
+    "save_every": (int, 1, 10**7), "measure_every": (int, 1, 10**7), "save_minutes": (float, 0, 10**6),
+    "max_minutes": (float, 0, 10**6), "until": (int, 1, 10**7), "lr": (float, 1e-12, 10**6), "steps": (int, 1, 10**7),
+}  # fmt: skip
+NAME_BYTES = 200  # a file's name can have 255: the rest is for '.safetensors' and a temporary suffix
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,9 @@ class Recipe:
 
     def __post_init__(self):
         if not isinstance(self.legs, (list, tuple)) or not all(isinstance(leg, (Leg, dict)) for leg in self.legs):
-            raise ValueError(f"recipe '{self.name}': legs must be a list, such as [{{'until': 300, 'lr': 1e-4}}]")
+            raise ValueError(f"recipe {_short(self.name)}: legs must be a list, such as [{{'until': 300, 'lr': 1e-4}}]")
         legs = tuple(leg if isinstance(leg, Leg) else _make(Leg, leg, "leg") for leg in self.legs)
         object.__setattr__(self, "legs", legs)
-        for name in ("base", "vae", "dataset"):
-            value = getattr(self, name)
-            if isinstance(value, (str, Path)):
-                object.__setattr__(self, name, os.path.expanduser(value))
         _check(self)
 
     @property
@@ -114,14 +117,14 @@ def load(source: str | Path | Recipe, **changes) -> Recipe:
     """
     if isinstance(source, Recipe):
         return source.replace(**changes)
-    path = Path(source)
-    if path.suffix not in (".json", ".toml"):
-        if source not in RECIPES:
-            names = ", ".join(RECIPES)
-            raise ValueError(f"no recipe is called '{source}'; choose one of {names}, or a .json or .toml file")
-        return RECIPES[source].replace(**changes)
-    if not path.is_file():
-        raise FileNotFoundError(f"the recipe file '{path}' does not exist; check it, or choose {', '.join(RECIPES)}")
+    path, names = f"{source}", ", ".join(RECIPES)
+    path = os.path.expanduser(path) if _fits(path) else path
+    if not path.lower().endswith((".json", ".toml")):
+        if path not in RECIPES:
+            raise ValueError(f"no recipe is called {_short(path)}; choose one of {names}, or a .json or .toml file")
+        return RECIPES[path].replace(**changes)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"the recipe file {_short(path)} does not exist; check it, or choose {names}")
     return _make(Recipe, _parse(path) | changes, "recipe")
 
 
@@ -131,13 +134,15 @@ def adjust(recipe: Recipe, rank: int = 0, legs: str = "", steps: int = 0, max_mi
     A new `rank` keeps alpha / rank. `legs` is text such as '300 1e-4, 600 3e-5 cosine'. `steps` ends the recipe early
     so that the whole recipe can resume from there: a cosine leg is never cut, because its rates would change.
     """
+    for name, value in (("rank", rank), ("steps", steps), ("max_minutes", max_minutes)):
+        value and _check_number(name, value)
     changes: dict = {"max_minutes": max_minutes or recipe.max_minutes}
     if rank:
         changes |= {"rank": rank, "alpha": recipe.alpha * rank / recipe.rank}
-    if legs.strip():
-        changes["legs"] = tuple(_leg(text) for text in legs.split(","))
+    if text := str(legs or "").strip():
+        changes["legs"] = tuple(_leg(leg) for leg in text.split(","))
     recipe = recipe.replace(**changes)
-    return recipe.replace(legs=_until(recipe.legs, steps)) if 0 < steps < recipe.steps else recipe
+    return recipe.replace(legs=_until(recipe.legs, steps)) if steps and steps < recipe.steps else recipe
 
 
 def _leg(text: str) -> Leg:
@@ -145,7 +150,7 @@ def _leg(text: str) -> Leg:
         until, lr, *schedule = text.split()
         return Leg(int(until), float(lr), *schedule)
     except (ValueError, TypeError):
-        raise ValueError(f"the leg '{text.strip()}' must read as '300 1e-4' or '600 3e-5 cosine'") from None
+        raise ValueError(f"the leg {_short(text.strip())} must read as '300 1e-4' or '600 3e-5 cosine'") from None
 
 
 def _until(legs: tuple[Leg, ...], steps: int) -> tuple[Leg, ...]:
@@ -155,16 +160,17 @@ def _until(legs: tuple[Leg, ...], steps: int) -> tuple[Leg, ...]:
     return (*legs[:place], replace(last, until=steps) if last.schedule == "constant" else last)
 
 
-def _parse(path: Path) -> dict:
+def _parse(path: str) -> dict:
     import tomllib
 
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the recipe file '{path}' can't be read ({error}); correct it there") from None
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = json.loads(text) if path.lower().endswith(".json") else tomllib.loads(text)
+    except (ValueError, OSError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"{error!s:.99}"
+        raise ValueError(f"the recipe file {_short(path)} can't be read ({reason}); correct it there") from None
     if not isinstance(values, dict):
-        raise ValueError(f"the recipe file '{path}' must hold one object with fields such as 'name' and 'legs'")
+        raise ValueError(f"the recipe file {_short(path)} must hold one object with fields such as 'name' and 'legs'")
     return values
 
 
@@ -180,71 +186,74 @@ def _check_names(kind: type, values: dict, what: str) -> None:
     names = [f.name for f in fields(kind)]
     for key in values:
         if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"the fields are {', '.join(names)}"
-            raise ValueError(f"unknown {what} field '{key}': {hint}")
+            raise ValueError(f"unknown {what} field {_short(key):.30}: {hint}")
 
 
 def _check(recipe: Recipe) -> None:
-    def need(ok: bool, sentence: str) -> None:
-        if not ok:
-            raise ValueError(f"recipe '{recipe.name}': {sentence}")
+    whose = f"recipe {_short(recipe.name)}: "
 
-    whole = ("resolution", "batch", "accumulation", "rank", "save_every", "measure_every")
-    for name in whole:
-        value = getattr(recipe, name)
-        need(isinstance(value, int) and value > 0, f"{name} must be a whole number above 0, not {value!r}")
-    for name in ("seed", "previews"):
-        value = getattr(recipe, name)
-        need(isinstance(value, int) and value >= 0, f"{name} must be a whole number, 0 or more, not {value!r}")
-    for name in ("buckets", "flip"):
-        value = getattr(recipe, name)
-        need(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
-    for name in ("save_minutes", "max_minutes"):
-        value = getattr(recipe, name)
-        need(isinstance(value, (int, float)) and 0 <= value < math.inf, f"{name} must be 0 or more, not {value!r}")
-    for name in ("alpha", "caption_dropout", "holdout"):
-        value = getattr(recipe, name)
-        need(isinstance(value, (int, float)), f"{name} must be a number, not {value!r}")
+    def need(ok: object, sentence: str) -> None:
+        if not ok:
+            raise ValueError(whose + sentence)
+
+    need(_fits(recipe.name, NAME_BYTES) and re.fullmatch(r"(?!pytorch_lora_weights$)\w[\w .+-]*", recipe.name),
+         f"its name can't name a file: choose another name of letters, digits, '-' and '_', at most {NAME_BYTES} bytes")
+    for name in ("base", "vae", "dataset"):
+        value = str(given) if isinstance(given := getattr(recipe, name), Path) else given
+        need(_fits(value) and (value.strip() or name == "vae"),
+             f"{name} must be a hub id or a path that is not empty or very long, not {_short(value)}")
+        object.__setattr__(recipe, name, os.path.expanduser(value))
+    need(_fits(recipe.expect, 4000), f"expect must be a short text, not {_short(recipe.expect)}")
+    for name in (field for field in BOUNDS if field in vars(recipe)):
+        _check_number(name, getattr(recipe, name), whose)
     need(recipe.resolution % 8 == 0, f"resolution {recipe.resolution} is not divisible by 8: use "
-         f"{max(8, recipe.resolution // 8 * 8)} or {recipe.resolution // 8 * 8 + 8}")
-    for name in ("name", "base", "dataset"):
-        value = getattr(recipe, name)
-        need(isinstance(value, str) and value.strip() != "", f"{name} must be a text that is not empty, not {value!r}")
-    need(re.fullmatch(r"\w[\w .+-]*", recipe.name) is not None and recipe.name != "pytorch_lora_weights",
-         f"name {recipe.name!r} can't name a file: choose another, of letters, digits, '-' and '_'")
-    need(isinstance(recipe.vae, str), f"vae must be a hub id, a folder or '', not {recipe.vae!r}")
-    need(0 < recipe.alpha < math.inf, f"alpha must be above 0, not {recipe.alpha}")
-    need(0 <= recipe.caption_dropout < 1, f"caption_dropout must be from 0 to below 1, not {recipe.caption_dropout}")
-    need(0 <= recipe.holdout < 1, f"holdout must be from 0 to below 1, not {recipe.holdout}")
-    need(recipe.precision in PRECISIONS, f"precision must be fp16 or fp32, not '{recipe.precision}'")
+         f"{recipe.resolution // 8 * 8} or {recipe.resolution // 8 * 8 + 8}")
+    need(recipe.precision in PRECISIONS, f"precision must be fp16 or fp32, not {_short(recipe.precision)}")
     need(len(recipe.legs) > 0, "it has no legs: add at least one, such as {'until': 300, 'lr': 1e-4}")
-    last = 0
-    for leg in recipe.legs:
-        need(isinstance(leg.until, int), f"a leg's until must be a whole number, not {leg.until!r}")
-        need(isinstance(leg.lr, (int, float)), f"a leg's lr must be a number, not {leg.lr!r}")
+    for last, leg in zip([0, *(leg.until for leg in recipe.legs[:-1])], recipe.legs, strict=True):
+        for name in ("until", "lr"):
+            _check_number(name, getattr(leg, name), f"{whose}a leg's ")
         need(leg.until > last, f"the leg until {leg.until} must end after step {last}: put the legs in order")
-        need(0 < leg.lr < math.inf, f"the learning rate of the leg until {leg.until} must be above 0, not {leg.lr}")
-        need(leg.schedule in SCHEDULES, f"schedule '{leg.schedule}' is unknown: use {' or '.join(SCHEDULES)}")
-        last = leg.until
+        need(leg.schedule in SCHEDULES, f"schedule {_short(leg.schedule)} is unknown: use {' or '.join(SCHEDULES)}")
+
+
+def _check_number(name: str, value, whose: str = "") -> None:
+    """Raises ValueError if `value` is not one for the field `name`; true and false are no numbers."""
+    kind, least, largest = BOUNDS[name]
+    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, kind)) or not least <= value <= largest:
+        number = f"number from {least:,} to {largest:,}"
+        what = {int: f"a whole {number}", float: f"a {number}", bool: "true or false"}[kind]
+        raise ValueError(f"{whose}{name} must be {what}, not {_short(value)}")
+
+
+def _fits(value, most: int = 255) -> bool:
+    """Whether `value` is text, with parts between '/' of at most `most` bytes; no NUL, no half of a letter."""
+    text = isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+    return text and len(value.encode()) < 4096 and max(len(part.encode()) for part in value.split("/")) <= most
+
+
+def _short(value) -> str:
+    """`value` for a message: on one line, not long, without addresses in memory."""
+    try:
+        text = re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) < 160 else f"{text[:80]}...{text[-70:]}"
 
 
 RECIPES = {
     # Of the original's last leg only the name 'final run' is known; we assume one more cosine from 3e-5.
     "naruto-1024": Recipe(
-        "naruto-1024",
-        (Leg(300, 1e-4), Leg(600, 3e-5, "cosine"), Leg(765, 3e-5, "cosine")),
-        resolution=1024,
+        "naruto-1024", (Leg(300, 1e-4), Leg(600, 3e-5, "cosine"), Leg(765, 3e-5, "cosine")), resolution=1024,
         expect="9.8 GiB on the GPU; 8 minutes on an H200, from one timed step; almost 2 hours on a T4, modelled",
     ),
     "naruto-256": Recipe(
-        "naruto-256",
-        (Leg(200, 1e-4),),
-        resolution=256,
-        batch=12,
+        "naruto-256", (Leg(200, 1e-4),), resolution=256, batch=12,
         expect="9.0 GiB on the GPU; 1.5 minutes on an H200, from one timed step; 17 minutes on a T4, modelled",
     ),
-}
+}  # fmt: skip
 
 
 call_as(__name__, load)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from naruto_lora import data, models, pipeline, recipe, train
+from naruto_lora import data, files, models, pipeline, recipe, train
 
 
 def sentence(caught) -> str:
@@ -209,15 +209,15 @@ LEGS = ({"until": 300, "lr": 1e-4},)
         ({"legs": [{"until": 3}]}, "leg is incomplete: missing 1 required positional argument: 'lr'"),
         ({"legs": []}, "has no legs"),
         ({"legs": [*LEGS, {"until": 300, "lr": 1e-5}]}, "must end after step 300"),
-        ({"legs": [{"until": 3, "lr": 0}]}, "must be above 0"),
+        ({"legs": [{"until": 3, "lr": 0}]}, "a leg's lr must be a number from 1e-12 to 1,000,000, not 0"),
         ({"legs": [{"until": 3, "lr": 1, "schedule": "linear"}]}, "'linear' is unknown: use constant or cosine"),
         ({"resolution": 100}, "resolution 100 is not divisible by 8: use 96 or 104"),
-        ({"resolution": 0}, "resolution must be a whole number above 0"),
-        ({"batch": 1.5}, "batch must be a whole number above 0, not 1.5"),
-        ({"rank": -4}, "rank must be a whole number above 0"),
-        ({"alpha": 0}, "alpha must be above 0"),
-        ({"caption_dropout": 1}, "caption_dropout must be from 0 to below 1, not 1"),
-        ({"holdout": -0.1}, "holdout must be from 0 to below 1, not -0.1"),
+        ({"resolution": 0}, "resolution must be a whole number from 8 to 4,096, not 0"),
+        ({"batch": 1.5}, "batch must be a whole number from 1 to 4,096, not 1.5"),
+        ({"rank": -4}, "rank must be a whole number from 1 to 2,048, not -4"),
+        ({"alpha": 0}, "alpha must be a number from 1e-06 to 1,000,000, not 0"),
+        ({"caption_dropout": 1}, "caption_dropout must be a number from 0 to 0.99, not 1"),
+        ({"holdout": -0.1}, "holdout must be a number from 0 to 0.99, not -0.1"),
         ({"precision": "bf16"}, "precision must be fp16 or fp32"),
         ({"legs": [{"until": "many", "lr": 1e-4}]}, "until must be a whole number"),
         ({"legs": [{"until": 3, "lr": "fast"}]}, "lr must be a number"),
@@ -226,12 +226,42 @@ LEGS = ({"until": 300, "lr": 1e-4},)
         ({"alpha": "much"}, "alpha must be a number"),
         ({"holdout": "some"}, "holdout must be a number"),
         ({"seed": -1}, "seed must be a whole number"),
-        ({"name": "my/style"}, "name 'my/style' can't name a file"),
+        ({"name": "my/style"}, "recipe 'my/style': its name can't name a file"),
         ({"name": "pytorch_lora_weights"}, "can't name a file"),
         ({"flip": 1}, "flip must be true or false, not 1"),
-        ({"measure_every": 0}, "measure_every must be a whole number above 0"),
-        ({"previews": -1}, "previews must be a whole number, 0 or more, not -1"),
-        ({"max_minutes": -5}, "max_minutes must be 0 or more, not -5"),
+        ({"measure_every": 0}, "measure_every must be a whole number from 1 to 10,000,000, not 0"),
+        ({"previews": -1}, "previews must be a whole number from 0 to 1,000, not -1"),
+        ({"max_minutes": -5}, "max_minutes must be a number from 0 to 1,000,000, not -5"),
+        ({"seed": 2**64}, "seed must be a whole number from 0 to 18,446,744,073,709,551,615, not 18446744073709551616"),
+        ({"alpha": 10**400}, "recipe 'mine': alpha must be a number from 1e-06 to 1,000,000, not 1000"),
+        ({"alpha": float("nan")}, "alpha must be a number from 1e-06 to 1,000,000, not nan"),
+        ({"save_minutes": float("inf")}, "save_minutes must be a number from 0 to 1,000,000, not inf"),
+        ({"legs": [{"until": 3, "lr": 10**400}]}, "recipe 'mine': a leg's lr must be a number"),
+        ({"legs": [{"until": 3, "lr": float("inf")}]}, "a leg's lr must be a number from 1e-12 to 1,000,000, not inf"),
+        ({"legs": [{"until": 10**9, "lr": 1}]}, "a leg's until must be a whole number from 1 to 10,000,000"),
+        ({"legs": [{"until": 3, "lr": 1, "schedule": ["cosine"]}]}, "schedule ['cosine'] is unknown"),
+        ({"rank": 10**9}, "rank must be a whole number from 1 to 2,048, not 1000000000"),
+        ({"resolution": 10**6}, "resolution must be a whole number from 8 to 4,096, not 1000000"),
+        ({"resolution": 9}, "resolution 9 is not divisible by 8: use 8 or 16"),
+        ({"base": "x" * 5000}, "base must be a hub id or a path that is not empty or very long, not 'xxx"),
+        ({"vae": "y/" * 5000}, "vae must be a hub id or a path"),
+        ({"dataset": "é" * 128}, "dataset must be a hub id or a path"),
+        ({"dataset": " "}, "dataset must be a hub id or a path that is not empty"),
+        ({"dataset": ["a.png"]}, "dataset must be a hub id or a path that is not empty or very long, not ['a.png']"),
+        ({"base": {"id": 5}}, "base must be a hub id or a path that is not empty or very long, not {'id': 5}"),
+        ({"vae": None}, "vae must be a hub id or a path that is not empty or very long, not None"),
+        ({"dataset": "a\0"}, "dataset must be a hub id or a path that is not empty or very long, not 'a\\x00'"),
+        ({"dataset": "~\ud83d"}, "dataset must be a hub id or a path that is not empty or very long, not '~\\ud83d'"),
+        ({"expect": 5}, "expect must be a short text, not 5"),
+        ({"expect": "5 \ud83d"}, "expect must be a short text, not '5 \\ud83d'"),
+        ({"name": "n" * 300}, "its name can't name a file"),
+        ({"name": "忍" * 67}, "at most 200 bytes"),
+        ({"name": "two\nlines"}, "recipe 'two\\nlines': its name can't name a file"),
+        ({"name": "a\ud83d"}, "recipe 'a\\ud83d': its name can't name a file"),
+        ({"name": ["mine"]}, "recipe ['mine']: its name can't name a file"),
+        ({"name": {"legs": 5}, "legs": 5}, "recipe {'legs': 5}: legs must be a list"),
+        ({"precision": None}, "precision must be fp16 or fp32, not None"),
+        ({"accu" * 2000: 4}, "unknown recipe field 'accuaccu"),
     ],
 )
 def test_recipe_fields(tmp_path, changes, named):
@@ -242,16 +272,121 @@ def test_recipe_fields(tmp_path, changes, named):
     assert named in sentence(caught)
 
 
+NUMBERS = ("resolution", "batch", "accumulation", "rank", "alpha", "caption_dropout", "holdout", "seed", "save_every",
+           "save_minutes", "measure_every", "previews", "max_minutes", "until", "lr")  # fmt: skip
+
+
+@pytest.mark.parametrize("field", NUMBERS)
+@pytest.mark.parametrize("value", [True, False, None, "5", [5], {"5": 5}, float("nan"), -1, 10**400])
+def test_no_number_is_anything_else(tmp_path, field, value):
+    """The same sentence from a .json file, a .toml file, an override and an instance."""
+    leg = {**LEGS[0], field: value} if field in LEGS[0] else LEGS[0]
+    changes = {"legs": [leg]} if field in LEGS[0] else {field: value}
+    content = {"name": "naruto-256", "legs": LEGS} | changes
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    loads = [lambda: recipe.load(tmp_path / "plan.json"), lambda: recipe.load("naruto-256", **changes),
+             lambda: recipe.Recipe(**content), lambda: recipe.load("naruto-256").replace(**changes)]
+    if isinstance(value, (bool, int)) and value != 10**400:
+        rows = [f"{key} = {json.dumps(one)}" for key, one in leg.items()]
+        rest = [f"{key} = {json.dumps(one)}" for key, one in content.items() if key != "legs"]
+        (tmp_path / "plan.toml").write_text("\n".join([*rest, "[[legs]]", *rows]))
+        loads.append(lambda: recipe.load(tmp_path / "plan.toml"))
+    said = set()
+    for load in loads:
+        with pytest.raises(ValueError) as caught:
+            load()
+        said.add(sentence(caught))
+    (text,) = said
+    assert text.startswith(f"recipe 'naruto-256': {'a leg' if field in LEGS[0] else field}")
+    assert f"{field} must be" in text
+
+
+def test_a_forms_values_are_refused_by_name():
+    whole = recipe.load("naruto-1024")
+    for changes, said in (
+        ({"rank": 10**9}, "rank must be a whole number from 1 to 2,048, not 1000000000"),
+        ({"rank": 10**400}, "rank must be a whole number"),
+        ({"rank": True}, "rank must be a whole number from 1 to 2,048, not True"),
+        ({"rank": "16"}, "rank must be a whole number from 1 to 2,048, not '16'"),
+        ({"steps": -5}, "steps must be a whole number from 1 to 10,000,000, not -5"),
+        ({"steps": "x"}, "steps must be a whole number"),
+        ({"max_minutes": float("nan")}, "max_minutes must be a number from 0 to 1,000,000, not nan"),
+        ({"max_minutes": True}, "max_minutes must be a number"),
+        ({"legs": 5}, "the leg '5' must read as '300 1e-4'"),
+        ({"legs": "x" * 5000}, "the leg 'xxx"),
+        ({"legs": "300 nan"}, "a leg's lr must be a number from 1e-12 to 1,000,000, not nan"),
+        ({"legs": "300 1e-4 \ud83d"}, "schedule '\\ud83d' is unknown"),
+        ({"legs": "9" * 5000 + " 1e-4"}, "must read as"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            recipe.adjust(whole, **changes)
+        assert said in sentence(caught) and sentence(caught).isprintable()
+    assert recipe.adjust(whole, None, None, None, None) == whole  # an empty field of a form
+
+
+def test_huge_values_are_cut_short_and_objects_have_no_address():
+    for value in (10**5000, object(), "x" * 10**6, [object()] * 1000, [[10**5000]]):
+        with pytest.raises(ValueError) as caught:
+            recipe.load("naruto-256", rank=value)
+        assert "0x" not in sentence(caught) and "rank must be" in sentence(caught)
+    for source in (5, None, ["naruto-256"], object(), "~\0", "x" * 5000, "a\nb"):
+        with pytest.raises(ValueError, match="no recipe is called ") as caught:
+            recipe.load(source)
+        assert "0x" not in sentence(caught)
+
+
+def test_a_command_refuses_them_in_one_line(capsys, tmp_path):
+    from naruto_lora.__main__ import main
+
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for options, said in (
+        (["naruto-256", "--rank", "9" * 12], "stopped: rank must be a whole number from 1 to 2,048"),
+        (["naruto-256", "--dataset", "x" * 5000], "stopped: recipe 'naruto-256': dataset must be a hub id or a path"),
+        (["naruto-256", "--max-minutes", "nan"], "stopped: max_minutes must be a number"),
+        ([str(tmp_path / "deep.json")], "can't be read (nested too deeply); correct it there"),
+    ):
+        assert main(["train", *options, "--out", str(tmp_path / "run")]) == 1
+        text = capsys.readouterr().err
+        assert said in text and text.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipe_files_as_editors_leave_them(tmp_path, monkeypatch):
+    """With Notepad's byte order mark, in capitals, in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "plan.JSON").write_text(json.dumps({"name": "mine", "legs": LEGS}), encoding="utf-8-sig")
+    (tmp_path / "plan.Toml").write_text('name = "mine"\r\nlegs = [{until = 300, lr = 1e-4}]', encoding="utf-8-sig")
+    mine = recipe.Recipe("mine", LEGS)
+    assert recipe.load(tmp_path / "plan.JSON") == recipe.load("~/plan.JSON") == recipe.load("~/plan.Toml") == mine
+
+
+def test_the_longest_name_fits_a_file_system(tmp_path):
+    name = recipe.load("naruto-256", name="é" * 100).name
+    files.replace(tmp_path / f"{name}.safetensors", lambda temporary: temporary.write_bytes(b"1"))
+    assert len(f"{name}.safetensors.4194304.writing".encode()) < 255  # Linux' largest process number
+
+
 def test_recipe_names_and_files(tmp_path):
     (tmp_path / "broken.json").write_text('{"name": ')
     (tmp_path / "broken.toml").write_text("name = ")
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "short.json").write_text('{"name": "x"}')
+    (tmp_path / "deep.json").write_text('{"name": ' * 100_000)
+    (tmp_path / "deep.toml").write_text("name = " + "[" * 100_000)
+    (tmp_path / "utf16.toml").write_bytes("name = 'x'".encode("utf-16"))
+    (tmp_path / "digits.json").write_text('{"seed": ' + "9" * 5000 + "}")
     for source, kind, named in (
         ("naruto-512", ValueError, "no recipe is called 'naruto-512'; choose one of naruto-1024, naruto-256"),
         ("missing.json", FileNotFoundError, "'missing.json' does not exist"),
         (tmp_path / "broken.json", ValueError, "can't be read"),
         (tmp_path / "broken.toml", ValueError, "can't be read"),
+        (tmp_path / "deep.json", ValueError, "deep.json' can't be read (nested too deeply)"),
+        (tmp_path / "deep.toml", ValueError, "deep.toml' can't be read (nested too deeply)"),
+        (tmp_path / "utf16.toml", ValueError, "utf16.toml' can't be read ('utf-8' codec can't decode"),
+        (tmp_path / "digits.json", ValueError, "digits.json' can't be read (Exceeds the limit"),
+        (tmp_path, ValueError, "no recipe is called '"),
+        ("~\0.json", FileNotFoundError, "the recipe file '~\\x00.json' does not exist"),
+        ("x" * 5000 + ".JSON", FileNotFoundError, "does not exist"),
         (tmp_path / "list.json", ValueError, "must hold one object"),
         (tmp_path / "short.json", ValueError, "the recipe is incomplete: missing 1 required"),
     ):
