@@ -13,7 +13,7 @@ from pathlib import Path
 from . import call_as
 
 SCHEDULES, PRECISIONS = ("constant", "cosine"), ("fp16", "fp32")
-BOUNDS = {  # a field's type, its least and its largest value; `steps` is a form's
+BOUNDS: dict[str, tuple] = {  # a field's type, its least and its largest value; `steps` is a form's
     "resolution": (int, 8, 4096), "buckets": (bool, 0, 1), "flip": (bool, 0, 1), "batch": (int, 1, 4096),
     "accumulation": (int, 1, 4096), "rank": (int, 1, 2048), "alpha": (float, 1e-6, 10**6), "seed": (int, 0, 2**64 - 1),
     "caption_dropout": (float, 0, 0.99), "holdout": (float, 0, 0.99), "previews": (int, 0, 1000),
@@ -135,7 +135,8 @@ def adjust(recipe: Recipe, rank: int = 0, legs: str = "", steps: int = 0, max_mi
     so that the whole recipe can resume from there: a cosine leg is never cut, because its rates would change.
     """
     for name, value in (("rank", rank), ("steps", steps), ("max_minutes", max_minutes)):
-        value and _check_number(name, value)
+        if value:
+            _check_number(name, value)
     changes: dict = {"max_minutes": max_minutes or recipe.max_minutes}
     if rank:
         changes |= {"rank": rank, "alpha": recipe.alpha * rank / recipe.rank}
