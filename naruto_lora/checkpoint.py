@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from . import data, files, lora, models
 from .disk.owner import Claim, Taken
-from .memory.optimizer import flatten, load_flat
+from .memory.optimizer import flatten, load_flat, misfit
 from .progress import Listener, note
 
 KEEP = 3  # newest checkpoints that are kept, beside the best one
@@ -97,11 +97,11 @@ def problem(checkpoint: Path) -> str | None:
             return f"{' and '.join(wrong) or SUMS} damaged"
         if read_state(checkpoint)["step"] != step_of(checkpoint):
             return f"its state is that of step {read_state(checkpoint)['step']}"
+        return misfit(checkpoint / FILES[1], checkpoint / lora.FILE, step_of(checkpoint))
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         return f"it can't be read ({error})"
-    return None
 
 
 def _sums(folder: Path) -> str:
@@ -359,6 +359,9 @@ def refuse_changes(recipe, sources: dict, state: dict, folder: Path) -> None:
     if "sources" not in state:
         raise ValueError(f"the run in '{folder}' was begun by an earlier version of naruto_lora: use another folder")
     new, done = json.loads(recipe.to_json()), state["step"]
+    if unknown := [*(state["recipe"].keys() - new), *(state["sources"].keys() - sources)]:
+        newer = f"was begun by a newer version of naruto_lora, with {', '.join(sorted(unknown))}"
+        raise ValueError(f"the run in '{folder}' {newer}: update naruto_lora, or use another folder")
     old = {f.name: f.default for f in dataclasses.fields(recipe)} | state["recipe"]
     for field, value in new.items():
         if field not in FREE_TO_CHANGE:

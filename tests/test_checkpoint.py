@@ -196,11 +196,17 @@ def test_too_small_a_disk_is_reported_before_training(stepped, tmp_path, monkeyp
 
 
 def test_an_optimizers_plain_numbers_survive_too(tmp_path, stepped):
-    wrapped = {"absmax": torch.zeros(3, dtype=torch.uint8)}  # as in bitsandbytes
+    def scales():
+        return {"absmax1": torch.zeros(1), "absmax2": torch.zeros(1)}
+
+    def moments(shape):
+        return {f"state{k}": torch.ones(shape, dtype=torch.uint8) for k in (1, 2)}
+
+    values = {"qmap1": torch.arange(256.0), "qmap2": torch.zeros(256)}
 
     class Odd:
         def __init__(self, state):
-            self.state = state
+            self.state, self.param_groups = state, [{"params": [torch.zeros(2), torch.zeros(3)]}]
 
         def state_dict(self):
             return {"state": self.state, "param_groups": []}
@@ -209,13 +215,15 @@ def test_an_optimizers_plain_numbers_survive_too(tmp_path, stepped):
             self.state = state["state"]
 
     unet = stepped[0]
-    state = {0: {"step": 7, "m": torch.ones(2), "q": wrapped}, 11: {"rate": 0.5}}
+    state = {0: {"step": 7, "q": moments(2) | scales() | values}, 1: {"step": 8, "rate": 0.5, **moments(3), **scales(),
+                                                                      **values}}  # nested, as in bitsandbytes, or not
     folder = checkpoint.save(tmp_path, 1, unet, Odd(state), {})
     odd = Odd({5: {"rate": 0.1}})
     checkpoint.restore(folder, unet, odd)
-    assert odd.state.keys() == {0, 11}  # its old state is gone
-    assert odd.state[0]["step"] == 7 and odd.state[0]["m"].tolist() == [1, 1] and odd.state[11] == {"rate": 0.5}
-    assert odd.state[0]["absmax"].dtype == torch.uint8  # as bitsandbytes reads it: not nested
+    assert odd.state.keys() == {0, 1}  # its old state is gone
+    assert odd.state[0]["step"] == 7 and odd.state[0]["state1"].tolist() == [1, 1] and odd.state[1]["rate"] == 0.5
+    assert odd.state[0]["state2"].dtype == torch.uint8  # as bitsandbytes reads it: not nested
+    assert odd.state[0]["qmap1"].tolist() == list(range(256))
 
 
 def test_a_checkpoint_is_flushed_before_it_is_renamed(stepped, tmp_path, monkeypatch):

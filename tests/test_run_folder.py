@@ -75,6 +75,15 @@ def test_a_changed_holdout_and_an_earlier_version_are_refused(plan, trained, exa
         checkpoint.refuse_changes(plan, held, state, tmp_path)
 
 
+@pytest.mark.parametrize("where, field", [("sources", "text_encoder_3"), ("recipe", "curriculum")])
+def test_a_newer_versions_run_is_refused_by_what_is_new(plan, trained, examples, tmp_path, where, field):
+    state, sources = checkpoint.read_state(checkpoint.newest([trained.folder])), checkpoint.sources_of(plan, *examples)
+    state[where][field] = "new"
+    said = f"'{tmp_path}' was begun by a newer version of naruto_lora, with {field}: update naruto_lora, or use another"
+    with pytest.raises(ValueError, match=said):
+        checkpoint.refuse_changes(plan, sources, state, tmp_path)
+
+
 def test_another_base_is_refused(plan, trained, cache_folder, tmp_path):
     other = plan.replace(base=str(tmp_path / "base"))
     shutil.copytree(plan.base, other.base)
@@ -236,8 +245,10 @@ def written(folder, step, best=None):
     """A checkpoint of 3,000 bytes and more, made by hand."""
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    for name in checkpoint.FILES[:2]:
-        (path / name).write_bytes(bytes([step % 256]) * 1500)
+    weight = torch.full((10, 35), float(step))
+    save_file({"weight": weight}, path / checkpoint.FILES[0])
+    moments = {f"0.{name}.tensor": weight.clone() for name in ("exp_avg", "exp_avg_sq")}
+    save_file(moments | {"0.step.tensor": torch.tensor(float(step))}, path / checkpoint.FILES[1])
     (path / "state.json").write_text(json.dumps({"step": step, "record": {"best_step": best, "holdout": {}}}))
     (path / checkpoint.SUMS).write_text(checkpoint._sums(path))
     return path
