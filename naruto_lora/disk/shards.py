@@ -164,7 +164,7 @@ class Mirror:
         """Copies one shard into the mirror."""
         self._attempt(lambda mirror: files.copy_whole(path, mirror / path.parent.name / path.name))
 
-    def _exchange(self, mirror: Path, folder: Path, ours: dict[Path, set[str]], keys: set[str], whole: Callable) -> None:
+    def _exchange(self, mirror: Path, folder: Path, ours: dict, keys: set[str], whole: Callable) -> None:
         mirrored = mirror / folder.name
         for place in (mirror, mirrored):
             place.mkdir(exist_ok=True)
