@@ -1,12 +1,15 @@
 """The notebooks' set-up cell, which has to find the package before it can import it."""
 
+import http.server
 import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -153,12 +156,66 @@ def test_the_forms_repo_comes_before_the_page(machine, sessions):
 
 def test_a_failure_of_git_is_shown_and_the_next_run_tries_again(machine, capsys):
     machine.fails = "fetch"
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(RuntimeError, match="fetch .* https://example.org/mine.git HEAD' failed: check `repo`, network"):
         machine.cell("https://example.org/mine.git")
     assert "fatal: no" in capsys.readouterr().out
     machine.fails = ""
     machine.cell("https://example.org/mine.git")
     assert len(machine.fetched()) == 2 and sys.path[0] == str(machine.content / "naruto_lora")
+
+
+@pytest.fixture
+def refusing(request):
+    """A host on this machine that answers every request with the status `request.param`; yields its name and port."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(request.param)
+            self.send_header("Location", "http://bob:hf_SECRET@127.0.0.1:9/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield "{}:{}".format(*server.server_address)
+    server.shutdown()
+
+
+def in_a_notebook(folder: Path, repo: str) -> str:
+    """All that a kernel shows of the set-up cell, run with real git on a machine without naruto_lora."""
+    code = "import importlib.util; importlib.util.find_spec = lambda name: None"
+    cell = CELL.replace("/content", str(folder))
+    lines = [f"get_ipython().run_cell({text!r})" for text in (code, f"repo = {repo!r}", cell)]
+    program = "\n".join(["from IPython.core.interactiveshell import InteractiveShell",
+                         "get_ipython = InteractiveShell.instance", *lines])  # fmt: skip
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLAB_RELEASE_TAG", "PYTHONPATH")}
+    environment |= {"GIT_TERMINAL_PROMPT": "0", "HOME": str(folder), "NO_PROXY": "127.0.0.1", "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, env=environment,
+                          stdin=subprocess.DEVNULL)  # fmt: skip
+    return re.sub(r"\x1b\[[\d;]*m", "", done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize("refusing, user", [
+    (401, "bob:hf_SECRET@"), (404, "hf_SECRET@"), (302, "bob:hf_SECRET@"), (403, "bob:hf_SECRET/@"),
+    (403, "bob:hf_ SECRET@"),
+], indirect=["refusing"])  # fmt: skip
+def test_no_failure_of_git_shows_the_token_in_the_address(refusing, tmp_path, user):
+    shown = in_a_notebook(tmp_path, f"http://{user}{refusing}/me/mine.git")
+    assert "SECRET" not in shown and "bob" not in shown, shown
+    assert f"http://{refusing}/me/mine.git HEAD' failed: check `repo`, network and token" in shown, shown
+    assert "RuntimeError" in shown and "fatal: " in shown
+
+
+def test_what_git_itself_says_shows_no_token(machine, monkeypatch, capsys):
+    said = "fatal: unable to access 'https://bob:hf_SECRET@example.org/'\nremote: https://hf_SECRET@example.org"
+    monkeypatch.setattr(subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, 128, said, said))
+    with pytest.raises(RuntimeError) as caught:
+        machine.cell("https://bob:hf_SECRET@example.org/mine.git")
+    shown = capsys.readouterr().out
+    assert shown.count("unable to access 'https://example.org/'") == 2 and "SECRET" not in shown + str(caught.value)
 
 
 def test_a_real_fetch_from_a_git_address(tmp_path):
