@@ -210,7 +210,7 @@ def test_no_failure_of_git_shows_the_token_in_the_address(refusing, tmp_path, us
 
 
 def test_what_git_itself_says_shows_no_token(machine, monkeypatch, capsys):
-    said = "fatal: unable to access 'https://bob:hf_SECRET@example.org/'\nremote: https://hf_SECRET@example.org"
+    said = "fatal: unable to access 'https://bob:hf_SECRET@example.org/'\nremote: https://hf_SECRET@example.org\n"
     monkeypatch.setattr(subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, 128, said, said))
     with pytest.raises(RuntimeError) as caught:
         machine.cell("https://bob:hf_SECRET@example.org/mine.git")
