@@ -65,8 +65,7 @@ class Shards:
         content = save(tensors, {SUM: checksum(tensors)})
         path = self.folder / f"{key_of('shard', '|'.join(sorted(entries)).encode())}.safetensors"
         try:
-            files.replace(path, lambda temporary: temporary.write_bytes(content))
-            opened = safe_open(path, "pt")
+            opened = _written(path, content)
         except OSError as error:
             need = math.ceil(len(content) * (1 + left / len(entries)) / 2**20)
             raise OSError(
@@ -162,7 +161,7 @@ class Mirror:
 
     def put(self, path: Path) -> None:
         """Copies one shard into the mirror."""
-        self._attempt(lambda mirror: files.copy_whole(path, mirror / path.parent.name / path.name))
+        self._attempt(lambda mirror: _copied(path, mirror / path.parent.name / path.name))
 
     def _exchange(self, mirror: Path, folder: Path, ours: dict, keys: set[str], whole: Callable) -> None:
         mirrored = mirror / folder.name
@@ -172,8 +171,7 @@ class Mirror:
         for source, target, known in ((theirs, folder, ours), (ours, mirrored, theirs)):
             lacking = keys.difference(*known.values())
             for path, held in source.items():
-                if lacking & held:
-                    files.copy_whole(path, target / path.name)
+                if lacking & held and _copied(path, target / path.name):
                     known[target / path.name] = held
                     lacking -= held
 
@@ -186,6 +184,30 @@ class Mirror:
             reason = error.strerror or error
             note(self.show, f"no copy of the cache is kept in '{self.folder}' ({reason}); the run continues")
             self.folder = None
+
+
+def _written(path: Path, content: bytes, tries: int = 3) -> safe_open:
+    """Writes a shard; returns it memory-mapped. Another run may take it for the spoilt one of before, and remove it."""
+    files.replace(path, lambda temporary: temporary.write_bytes(content))
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError:
+        if tries == 1:
+            raise
+    return _written(path, content, tries - 1)
+
+
+def _copied(source: Path, target: Path, tries: int = 3) -> bool:
+    """Copies a shard; False if another run has just removed it."""
+    try:
+        files.copy_whole(source, target)
+        return True
+    except FileNotFoundError:
+        if not source.exists():
+            return False
+        if tries == 1:  # the target's folder is gone
+            raise
+    return _copied(source, target, tries - 1)  # it was removed and written again
 
 
 def key_of(kind: str, content: bytes) -> str:
