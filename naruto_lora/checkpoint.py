@@ -142,7 +142,8 @@ def rotate(folder: Path, step: int, best: int | None = None, keep: int = KEEP, e
             continue
         old = path.with_name(f".old-{path.name}")
         _remove(old)
-        path.rename(old)
+        with contextlib.suppress(FileNotFoundError):  # another run has just removed it
+            path.rename(old)
         _remove(old, empty_first)
 
 

@@ -71,7 +71,7 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.write_bytes(b"1")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may be trying the same
     except OSError as error:
         reason = error.strerror or error
         raise PermissionError(f"can't write to the output folder '{folder}' ({reason}); choose another") from None

@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -165,6 +167,148 @@ def test_a_truncated_shard_is_encoded_again(plan, examples, tmp_path, encoders, 
     assert f"'{broken}' in the cache is broken" in printed and printed.count("\n") == 1
     assert {path.name for path in shards(tmp_path)} == whole
     torch.testing.assert_close(values(cache.encode(rows, plan, tmp_path)), before)
+
+
+def rewritten(folder, kind, change=lambda tensors: None):
+    """Writes every shard of `kind` anew, after `change`, without a checksum, as earlier versions did."""
+    for path in shards(folder, kind):
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+
+def named(tensors, name):
+    """The tensors called <key>.<name> of a shard: {their full name: tensor}."""
+    return {full: value for full, value in tensors.items() if full.endswith(f".{name}")}
+
+
+CHANGES = {  # of a shard of captions or pictures: each makes it another than the recipe's
+    "shorter": ("prompts", lambda t: t.update({n: v[:-1].clone() for n, v in named(t, "prompt_embeds").items()})),
+    "narrower": ("prompts", lambda t: t.update({n: v[:, 1:].clone() for n, v in named(t, "prompt_embeds").items()})),
+    "pooled": ("prompts", lambda t: t.update({n: v[1:].clone() for n, v in named(t, "pooled").items()})),
+    "half": ("prompts", lambda t: t.update({n: v.half() for n, v in named(t, "pooled").items()})),
+    "no pooled": ("prompts", lambda t: [t.pop(n) for n in named(t, "pooled")]),
+    "one NaN": ("prompts", lambda t: next(iter(named(t, "pooled").values()))[0].fill_(float("nan"))),
+    "one row": ("latents", lambda t: t.update({n: v[:, 1:].clone() for n, v in named(t, "mean").items()})),
+    "one column": ("latents", lambda t: t.update({n: v[..., 1:].clone() for n, v in named(t, "std").items()})),
+    "channels": ("latents", lambda t: t.update({n: v[:3].clone() for n, v in named(t, "std").items()})),
+    "half latents": ("latents", lambda t: t.update({n: v.half() for n, v in named(t, "mean").items()})),
+    "no std": ("latents", lambda t: [t.pop(n) for n in named(t, "std")]),
+    "no time_ids": ("latents", lambda t: [t.pop(n) for n in named(t, "time_ids")]),
+    "one more": ("latents", lambda t: t.update({n[:-4] + "more": v.clone() for n, v in named(t, "mean").items()})),
+    "five time_ids": ("latents", lambda t: t.update({n: v[:5].clone() for n, v in named(t, "time_ids").items()})),
+    "whole numbers": ("latents", lambda t: t.update({n: v.int() for n, v in named(t, "time_ids").items()})),
+    "NaN time_ids": ("latents", lambda t: [v[4:].fill_(float("nan")) for v in named(t, "time_ids").values()]),
+    "other height": ("latents", lambda t: [v[4].fill_(64) for v in named(t, "time_ids").values()]),
+    "other width": ("latents", lambda t: [v[5].fill_(64) for v in named(t, "time_ids").values()]),
+}
+
+
+@pytest.fixture(scope="module")
+def two(plan, examples, tmp_path_factory):
+    """A cache folder with two pictures, and the values in it."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, values(cache.encode(examples[0][:2], plan, folder))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_entries_that_the_recipe_cant_use_are_encoded_again(plan, examples, tmp_path, encoders, two, capsys, change):
+    shutil.copytree(two[0], tmp_path, dirs_exist_ok=True)
+    kind, function = CHANGES[change]
+    rewritten(tmp_path, kind, function)
+    expected = (2, 0) if kind == "prompts" else (0, 2)
+    assert encoded_count(examples[0][:2], plan, tmp_path, encoders) == expected
+    assert "an entry lacks a tensor, or has another shape" in (said := capsys.readouterr().out) or change == "one NaN"
+    assert said.count("\n") == 1 and said.startswith(f"'{shards(tmp_path, kind)[0]}' in the cache is broken (")
+    torch.testing.assert_close(values(cache.encode(examples[0][:2], plan, tmp_path)), two[1])
+    assert encoders == {"captions": expected[0], "pictures": expected[1]}
+
+
+def test_shards_of_an_earlier_version_are_used_as_they_are(plan, examples, tmp_path, encoders, two, capsys):
+    shutil.copytree(two[0], tmp_path, dirs_exist_ok=True)
+    for kind in ("prompts", "latents"):
+        rewritten(tmp_path, kind)
+    content = [path.read_bytes() for kind in ("prompts", "latents") for path in shards(tmp_path, kind)]
+    assert encoded_count(examples[0][:2], plan, tmp_path, encoders) == (0, 0) and not capsys.readouterr().out
+    assert [path.read_bytes() for kind in ("prompts", "latents") for path in shards(tmp_path, kind)] == content
+
+
+def test_a_bit_of_a_shard_changes_nothing(plan, examples, tmp_path, encoders, two):
+    """Neither here nor in the mirror: what is trained on is the same."""
+    rows, mirror = examples[0][:2], tmp_path / "drive"
+    shutil.copytree(two[0], tmp_path / "cache")
+    cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)
+    for folder in (tmp_path / "cache", mirror):
+        (path,) = shards(folder)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        encoders.update(captions=0, pictures=0)
+        assert torch.equal(values(cache.encode(rows, plan, tmp_path / "cache", mirror=mirror)), two[1])
+        assert encoders == {"captions": 0, "pictures": 0} and path.read_bytes() == whole
+
+
+def test_a_half_precision_cache_is_used_again(plan, examples, tmp_path, encoders, monkeypatch):
+    """Also one whose VAE overflows in fp16, and is in fp32."""
+    monkeypatch.setattr(models, "device_for", lambda precision: torch.device("cpu"))
+    half = plan.replace(precision="fp16")
+    assert encoded_count(examples[0][:2], half, tmp_path, encoders) == (2, 2)
+    assert encoded_count(examples[0][:2], half, tmp_path, encoders) == (0, 0)
+    whole = models.load_vae
+    monkeypatch.setattr(models, "load_vae", lambda base, vae, dtype, device: whole(base, vae, torch.float32, device))
+    assert encoded_count(examples[0][:2], half, tmp_path / "other", encoders) == (2, 2)
+    assert encoded_count(examples[0][:2], half, tmp_path / "other", encoders) == (0, 0)
+
+
+def test_a_captions_encoding_that_is_not_finite_names_it(plan, examples, tmp_path, monkeypatch):
+    whole = cache.encode_prompts
+
+    def broken(encoders, texts):
+        rows = whole(encoders, texts)
+        rows[1]["pooled"][3] = float("inf")
+        return rows
+
+    monkeypatch.setattr(cache, "encode_prompts", broken)
+    with pytest.raises(ValueError, match=f"encoding of the caption '{examples[0][1].caption[:60]}' is not finite"):
+        cache.encode(examples[0][:3], plan, tmp_path)
+    assert not shards(tmp_path, "prompts")
+
+
+FILL = """
+import sys
+from pathlib import Path
+from naruto_lora import cache, data, recipe
+from naruto_lora.disk import shards
+
+dataset, base, folder, drive, number = sys.argv[1:]
+shards.FULL_ENTRIES = 4
+plan = recipe.Recipe("few", (recipe.Leg(1, 1e-3),), resolution=32, precision="fp32", base=base, vae="", dataset=dataset)
+rows = data.load(dataset)[:12]
+Path(drive, number).touch()
+while not all(Path(drive, n).exists() for n in "01"):
+    pass
+made = cache.encode(rows if number == "0" else rows[::-1], plan, folder, lambda *call: None, Path(drive, "mirror"))
+assert len(made) == 12
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_fill_one_cache_at_the_same_time(plan, examples, tmp_path, encoders):
+    arguments = [plan.dataset, plan.base, tmp_path / "cache", tmp_path]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", FILL, *map(str, arguments), number], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, env=os.environ | {"PYTHONPATH": str(Path(cache.__file__).parents[1])},
+        )
+        for number in "01"
+    ]  # fmt: skip
+    for process in both:
+        said = process.communicate(timeout=300)[0]
+        assert (process.returncode, said) == (0, "")
+    assert not list(tmp_path.rglob("*.writing"))
+    for folder, mirror in ((tmp_path / "cache", None), (tmp_path / "other", tmp_path / "mirror")):
+        encoders.update(captions=0, pictures=0)
+        cache.encode(data.load(plan.dataset)[:12], plan, folder, mirror=mirror)
+        assert encoders == {"captions": 0, "pictures": 0}
 
 
 def values(encoded, flipped=False):

@@ -75,8 +75,8 @@ def find_adapter(name: str, folder: Path, mirror: Path | None = None) -> Path | 
         if not found and hub.is_id(name):
             return hub.adapter(name)
     else:
-        found = [file.parent for place in places for file in place.glob(f"*/{lora.FILE}")]
-        found.sort(key=lambda path: (path / lora.FILE).stat().st_mtime, reverse=True)
+        changed = {file.parent: _changed(file) for place in places for file in place.glob(f"*/{lora.FILE}")}
+        found = sorted((path for path, at in changed.items() if at is not None), key=changed.get, reverse=True)
     if found:
         return found[0]
     raise FileNotFoundError(
@@ -85,3 +85,11 @@ def find_adapter(name: str, folder: Path, mirror: Path | None = None) -> Path | 
         "a .safetensors file or a hub id. Without a GPU, `bash colab_setup.sh run` trains two small ones and runs "
         "this notebook with them"
     )
+
+
+def _changed(file: Path) -> float | None:
+    """When a file was last changed; None if another process has just removed it."""
+    try:
+        return file.stat().st_mtime
+    except FileNotFoundError:
+        return None

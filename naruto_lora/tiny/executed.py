@@ -15,6 +15,7 @@ from pathlib import Path
 import nbformat
 from PIL import Image
 
+from ..files import replace
 from ..reading.picture import loaded
 
 SIDE, QUALITY = 512, 82  # px of a picture's longer side; JPEG
@@ -44,7 +45,8 @@ def reword(file: Path, source: Path) -> None:
         raise ValueError(f"the code in '{file}' differs from '{source}': run that notebook again")
     for cell, (_, text) in zip(own(book), current, strict=True):
         cell.source = text
-    file.write_text(nbformat.writes(book, 4) + "\n", encoding="utf-8")
+    text = nbformat.writes(book, 4) + "\n"
+    replace(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def keep(file: Path, target: Path, note: str, places: dict[str, str]) -> Path:
@@ -70,7 +72,7 @@ def keep(file: Path, target: Path, note: str, places: dict[str, str]) -> Path:
         text = text.replace(json.dumps(place)[1:-1], name)
     nbformat.validate(nbformat.reads(text, 4))
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text + "\n", encoding="utf-8")
+    replace(target, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
     return target
 
 

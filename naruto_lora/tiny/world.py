@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from naruto_lora.files import replace
 from naruto_lora.tiny import portrait
 from naruto_lora.tiny.canvas import ORDINARY, STYLE
 from naruto_lora.tiny.portrait import draw
@@ -184,10 +185,8 @@ def write_dataset(folder: str | Path, count: int = 320, seed: int = 0, style: st
         if path == paths[0]:
             listing.unlink(missing_ok=True)
             for old in folder.glob("[0-9][0-9][0-9][0-9].png"):
-                old.unlink()
+                old.unlink(missing_ok=True)
         same = False
         path.write_bytes(file.getvalue())
-    part = folder / "metadata.jsonl.part"
-    part.write_bytes(lines)
-    part.replace(listing)
+    replace(listing, lambda temporary: temporary.write_bytes(lines))
     return folder
