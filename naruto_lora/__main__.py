@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from . import recipe as recipes
-from .progress import Progress
+from .progress import Progress, plain
 
 PROGRAM = "python -m naruto_lora"
 STATUS = "Exit status: 0; 1 if something is missing or wrong, with one line that says what; 2 for a wrong option."
@@ -29,9 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.run(options)
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"stopped: {error}", file=sys.stderr)
+        print(plain(f"stopped: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        print("interrupted: the same command continues", file=sys.stderr)
         return 130
     return 0
 

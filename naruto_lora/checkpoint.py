@@ -208,7 +208,7 @@ class RunFolder:
             self.close()
             raise
         except OSError as error:
-            reason = error.strerror or error
+            reason = getattr(error.__context__, "strerror", None) or error.strerror or error
             self.show.note(f"the mirror '{mirror}' can't be used ({reason}); each checkpoint tries it again")
 
     def newest(self) -> list[Path]:

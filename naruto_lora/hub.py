@@ -117,6 +117,7 @@ def explain(repository: str, kind: str, error: str) -> str:
         return f"{what} is gated: accept its terms at {place}, then log in (on Colab: a secret named HF_TOKEN)"
     if "NotFound" in error and "Local" not in error:
         return f"{what} is neither a folder here nor on the hub ({place}): check the name; a private one needs HF_TOKEN"
+    error = error if is_id(repository) else "it is no hub id such as 'owner/name'"
     return f"{what} is no folder here, and can't be downloaded from the hub ({error}): check the name and the network"
 
 

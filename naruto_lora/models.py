@@ -6,11 +6,12 @@ import functools
 import hashlib
 import json
 import logging
-import textwrap
 import warnings
 from pathlib import Path
 
 import torch
+
+from . import hub
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -71,17 +72,12 @@ def default_resolution(base: str, vae: str = "") -> int:
 
 def identity(source: str) -> str:
     """Identifies a model: its hub id, or a hash of a folder's weights (sizes and first MiB; not the folder's path)."""
-    files = sorted(Path(source).rglob("*.safetensors"))
-    return _digest(files) if files else source
-
-
-def _digest(files: list[Path]) -> str:
-    digest = hashlib.sha256()
+    files, digest = sorted(Path(source).rglob("*.safetensors")), hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}:{file.stat().st_size}".encode())
         with open(file, "rb") as handle:
             digest.update(handle.read(2**20))
-    return digest.hexdigest()
+    return digest.hexdigest() if files else source
 
 
 def _config(base: str, name: str, what: str) -> dict:
@@ -101,11 +97,10 @@ def _download(base: str, name: str) -> str:
     try:
         return hf_hub_download(base, name)
     except Exception as error:  # the hub's client raises many kinds; a user needs one sentence
-        reason = textwrap.shorten(str(error), 80, placeholder=" ...")
-        raise FileNotFoundError(
-            f"the model '{base}' is no folder here, and can't be downloaded from the hub "
-            f"({type(error).__name__}: {reason}); check the name and the network"
-        ) from None
+        kind = type(error).__name__
+        if kind.endswith("EntryNotFoundError") and "Local" not in kind:
+            raise FileNotFoundError(f"the model '{base}' on the hub has no {name}: choose another") from None
+        raise FileNotFoundError(hub.explain(base, "model", kind)) from None
 
 
 def _variant(base: str, part: str, dtype: torch.dtype) -> str | None:

@@ -15,8 +15,13 @@ from dataclasses import dataclass
 
 
 def note(show, text: str) -> None:
-    """Passes a message to `show.note` if there is one, else prints it."""
-    getattr(show, "note", _print)(text)
+    """Passes a message to `show.note` if there is one, else prints it; in `plain` letters."""
+    getattr(show, "note", _print)(plain(text))
+
+
+def plain(text: str) -> str:
+    """`text` on one line, without letters that steer a terminal or turn the direction of writing."""
+    return "".join(c if c.isprintable() or "\ud800" <= c <= "\udfff" else " " for c in text)  # half a letter is escaped
 
 
 class Listener:
@@ -179,12 +184,8 @@ def _bar_html(phase: str, done: int, total: int, texts: list[str]) -> str:
 
 
 def _in_notebook() -> bool:
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    shell = get_ipython()
-    return shell is not None and hasattr(shell, "kernel")
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def duration(seconds: float) -> str:

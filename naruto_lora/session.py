@@ -13,6 +13,7 @@ import time
 from .progress import duration
 
 CALIBRATION = 5  # updates before the first forecast
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]  # Windows: two
 
 
 class Interrupted(BaseException):  # so that no `except Exception` takes it for a failure
@@ -20,9 +21,10 @@ class Interrupted(BaseException):  # so that no `except Exception` takes it for 
 
 
 class Interrupts:
-    """A context in which Ctrl-C, a kernel's interrupt and SIGTERM wait until the run's state is consistent.
+    """A context in which Ctrl-C, a kernel's interrupt, SIGTERM and SIGHUP (a closed terminal) wait for a whole state.
 
-    A second one does not wait: KeyboardInterrupt. Outside of the main thread, which gets the signals, it does nothing.
+    A second one does not wait: KeyboardInterrupt. Outside of the main thread, which gets the signals, it does nothing;
+    one that is ignored, as under nohup, stays so.
     """
 
     def __init__(self):
@@ -31,8 +33,8 @@ class Interrupts:
     def __enter__(self):
         self.received = None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.handlers[number] = signal.signal(number, self._caught)
+            heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self.handlers = {number: signal.signal(number, self._caught) for number in heard}
         return self
 
     def __exit__(self, *_):
@@ -41,9 +43,9 @@ class Interrupts:
         self.handlers = {}
 
     def _caught(self, number, frame):
-        if self.received is not None:
+        if self.received is not None and number != getattr(signal, "SIGHUP", 0):  # that can come twice
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
         if not self.waits:
             raise Interrupted
 
@@ -64,10 +66,10 @@ class Interrupts:
 
     def raise_received(self) -> None:
         """Raises KeyboardInterrupt or SystemExit, as the signal would have done without this."""
-        if self.received == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
-        if self.received is not None:
+        if self.received == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
 
 
 class Forecast:

@@ -147,13 +147,14 @@ class Run:
     def to_the_end(self) -> None:
         """Runs the remaining updates, or as many as `max_minutes` allow.
 
-        On Ctrl-C, a kernel's interrupt or SIGTERM it saves a checkpoint, then raises KeyboardInterrupt or SystemExit.
+        On Ctrl-C, SIGTERM or a closed terminal it saves a checkpoint, then raises KeyboardInterrupt or SystemExit.
         It also saves one before any other exception, unless the weights are half changed.
         Raises RuntimeError for a loss or gradients that are not finite, OSError for a full disk.
         """
         with self.interrupts:
             try:
                 self._loop()
+                self.interrupts.check()  # of the last save
             except session.Interrupted:
                 self.save()
                 self.show.note(f"interrupted at {self._position()}, {self.folder.saved_where()}")

@@ -188,6 +188,15 @@ def test_letters_that_the_output_lacks_are_replaced(monkeypatch, encoding, word)
     assert lines == [f"training   {'#' * 10}{'-' * 10} 1/2", f"{word} \\u2603 \\udce9", word]
 
 
+def test_a_message_is_one_line_without_letters_that_steer_a_terminal(capsys):
+    name = "a\x1b[2J\x9b31m\n\r\u202efdp\x07é 漢.png"
+    plain, notes = "a [2J 31m   fdp é 漢.png", []
+    progress.note(None, name)
+    progress.Listener().note(name)
+    progress.note(type("Show", (), {"note": staticmethod(notes.append)}), name)
+    assert capsys.readouterr().out == f"{plain}\n{plain}\n" and notes == [plain]
+
+
 class Broken(io.StringIO):
     """An output that fails."""
 

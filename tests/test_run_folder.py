@@ -188,6 +188,18 @@ def test_a_missing_or_full_mirror_is_reported_once_and_the_run_continues(
     ]
 
 
+def test_a_mirror_that_cant_be_written_is_named_with_the_disks_own_reason(tmp_path):
+    (tmp_path / "mirror").write_text("in the way")
+    watcher = Watcher()
+    checkpoint.RunFolder(tmp_path / "run", tmp_path / "mirror", watcher)
+    (tmp_path / "drive" / ".writable").mkdir(parents=True)  # so that nothing can be written there, also by root
+    checkpoint.RunFolder(tmp_path / "other", tmp_path / "drive", watcher)
+    assert watcher.notes == [
+        f"the mirror '{tmp_path / 'mirror'}' can't be used (File exists); each checkpoint tries it again",
+        f"the mirror '{tmp_path / 'drive'}' can't be used (Is a directory); each checkpoint tries it again",
+    ]
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_newest_checkpoint(
     plan, trained, cache_folder, tmp_path, monkeypatch
 ):

@@ -100,6 +100,32 @@ def test_inside_immediate_a_signal_does_not_wait():
     assert caught.value.code == 143
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_is_heard_and_its_second_signal_breaks_no_save():
+    interrupts = session.Interrupts()
+    with interrupts:
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)  # from the kernel and from the shell
+        with pytest.raises(session.Interrupted):
+            interrupts.check()
+    with pytest.raises(SystemExit) as caught:
+        interrupts.raise_received()
+    assert caught.value.code == 128 + signal.SIGHUP
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_signal_that_is_ignored_stays_so():
+    """`nohup` starts a program with SIGHUP ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with session.Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            interrupts.check()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_handlers_are_restored_and_an_old_signal_is_forgotten():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     interrupts = session.Interrupts()

@@ -283,7 +283,9 @@ def test_the_bar_is_shown_every_step(plan, cache_folder, tmp_path):
         assert f["images_per_second"] > 0 and f["left"] is None  # too early for a forecast
 
 
-@pytest.mark.parametrize("number, raised", [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("number, raised", [
+    (signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit),
+])  # fmt: skip
 def test_an_interrupt_saves_first_and_the_run_resumes_bit_for_bit(
     plan, trained, cache_folder, tmp_path, number, raised
 ):
@@ -298,6 +300,26 @@ def test_an_interrupt_saves_first_and_the_run_resumes_bit_for_bit(
     train.train(plan, tmp_path, cache_folder, again)
     assert again.steps == [4, 5, 6] and same_adapter(tmp_path, trained.folder)
     assert again.notes[0] == f"resumes from {tmp_path / 'checkpoint-3'}, at step 3 of 6"
+
+
+def test_an_interrupt_in_the_last_save_says_how_the_lora_is_written(plan, trained, cache_folder, tmp_path, monkeypatch):
+    real, watcher = checkpoint.save, Watcher()
+
+    def interrupted(folder, k, *rest):
+        if k == plan.steps:
+            signal.raise_signal(signal.SIGINT)
+        return real(folder, k, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(plan, tmp_path, cache_folder, watcher)
+    assert not (tmp_path / lora.FILE).exists()
+    assert watcher.notes[-1] == (
+        f"interrupted at step 6 of 6, saved in '{tmp_path / 'checkpoint-6'}': run it again to continue"
+    )
+    again = Watcher()
+    train.train(plan, tmp_path, cache_folder, again)
+    assert again.steps == [] and same_adapter(tmp_path, trained.folder)
 
 
 def test_an_interrupt_within_a_step_discards_that_step(plan, trained, cache_folder, tmp_path, monkeypatch):

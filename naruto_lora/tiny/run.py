@@ -93,6 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
     root = Path(__file__).resolve().parents[2]
     print("The embedded default: a small SDXL learns an ink style, on this machine's CPU or GPU.", flush=True)
     try:
+        files.make_folder(out)
+    except PermissionError as error:
+        print(f"\nstopped: {error} with --out FOLDER", file=sys.stderr)
+        return 1
+    try:
         execute(root, out, parameters(out, pictures=320, prompts=200))
     except (RuntimeError, OSError, ValueError) as error:
         print(f"\nstopped: {error}", file=sys.stderr)

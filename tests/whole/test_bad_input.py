@@ -439,6 +439,8 @@ def test_a_base_that_is_not_there(base, tmp_path):
         with pytest.raises(kind) as caught:
             models.check_base(source)
         assert named in sentence(caught)
+    with pytest.raises(FileNotFoundError, match="'./x' is no folder here.*is no hub id such as 'owner/name'.: check"):
+        models.check_base("./x")
     wrong = Base(base, tmp_path / "base")
     shutil.rmtree(wrong.path / "unet")
     with pytest.raises(ValueError, match="is not an SDXL model: it has no unet/config.json") as caught:

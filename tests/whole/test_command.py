@@ -42,6 +42,15 @@ def test_an_error_is_one_line(tmp_path, capsys):
     assert out == "" and error.startswith("stopped: this recipe trains in fp16") and error.count("\n") == 1
 
 
+def test_an_interrupt_and_a_name_that_steers_a_terminal_are_one_plain_line(tmp_path, capsys, monkeypatch):
+    assert command.main(["train", "no\x1b[31m\nsuch.json", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "no [31m such.json" in error and "\x1b" not in error and error.count("\n") == 1
+    monkeypatch.setattr(nl.recipe, "load", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command.main(["train", "naruto-256", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "interrupted: the same command continues\n"
+
+
 @pytest.mark.parametrize("arguments, said", [
     ([], "there is no prompt to draw: add --prompt TEXT or --prompts FILE"),
     (["--prompt", "a", "--prompt", "b", "--out", "x.png"], "--out 'x.png' is one file for 2 prompts: use a folder"),
