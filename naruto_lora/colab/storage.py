@@ -75,8 +75,9 @@ def find_adapter(name: str, folder: Path, mirror: Path | None = None) -> Path | 
         if not found and hub.is_id(name):
             return hub.adapter(name)
     else:
-        changed = {file.parent: _changed(file) for place in places for file in place.glob(f"*/{lora.FILE}")}
-        found = sorted((path for path, at in changed.items() if at is not None), key=changed.get, reverse=True)
+        files = [file for place in places for file in place.glob(f"*/{lora.FILE}")]
+        dated = [(at, file.parent) for file in files if (at := _changed(file)) is not None]
+        found = [path for _, path in sorted(dated, reverse=True)]
     if found:
         return found[0]
     raise FileNotFoundError(

@@ -288,8 +288,8 @@ def test_a_file_that_another_run_finishes_meanwhile_is_passed_over(tmp_path, mon
     whole = getattr(Path, when)
 
     def renamed_first(self, **options):
-        if self == gone and os.path.exists(gone):
-            os.rename(gone, tmp_path / "a.safetensors")
+        if self == gone and gone.exists():
+            gone.rename(tmp_path / "a.safetensors")
         return whole(self, **options)
 
     monkeypatch.setattr(Path, when, renamed_first)
