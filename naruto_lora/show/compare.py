@@ -6,10 +6,11 @@ import base64
 import html
 import io
 import textwrap
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import data
+from .. import data, files
 from ..measure.similarity import Copying
 from .report import readable
 
@@ -158,6 +159,11 @@ def jpeg(picture: Image.Image, quality: int = 88) -> bytes:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def save(picture: Image.Image, path: str | Path) -> None:
+    """Writes the picture as JPEG; what was there before stays whole until it is. Raises OSError."""
+    files.replace(Path(path), lambda temporary: temporary.write_bytes(jpeg(picture)))
 
 
 def show(picture: Image.Image, quality: int = 80) -> None:

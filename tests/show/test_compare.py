@@ -6,6 +6,7 @@ import random
 import re
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -220,3 +221,20 @@ def test_labels_and_captions_are_on_one_line_without_letters_that_steer(monkeypa
     assert set(written) - {""} == {"a[31m b c"}
     for html in (compare.cards({odd: plain("red")[0]}), compare.slider(*plain("red", "blue"), (odd, odd))):
         assert html.count("a[31m b c") >= 2 and not set(html) & set("\x1b\u202e\ud800")
+
+
+def test_a_saved_sheet_is_whole_or_the_old_one(tmp_path, monkeypatch):
+    place = tmp_path / "compare.jpg"
+    compare.save(plain("red")[0], place)
+    before = place.read_bytes()
+    assert Image.open(io.BytesIO(before)).format == "JPEG"
+
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        compare.save(plain("blue")[0], place)
+    assert place.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["compare.jpg"]
