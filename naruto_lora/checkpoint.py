@@ -96,12 +96,12 @@ def problem(checkpoint: Path) -> str | None:
             wrong = [line[66:] for line in actual.splitlines() if line not in stored.splitlines()]
             return f"{' and '.join(wrong) or SUMS} damaged"
         if read_state(checkpoint)["step"] != step_of(checkpoint):
-            return f"its state is that of step {read_state(checkpoint)['step']}"
+            return f"its state is that of step {read_state(checkpoint)['step']!r:.40}"
         return misfit(checkpoint / FILES[1], checkpoint / lora.FILE, step_of(checkpoint))
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
-        return f"it can't be read ({error})"
+        return f"it can't be read ({error!s:.99})"
 
 
 def _sums(folder: Path) -> str:

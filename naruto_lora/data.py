@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import reprlib
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -79,7 +80,7 @@ def load(dataset: str | Path) -> list[Example]:
     """
     if not str(dataset).strip():
         raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
-    place = Path(dataset).expanduser()
+    place = Path(os.path.expanduser(dataset))
     if place.suffix.lower() == ".zip":
         with archive.unpacked(place) as unpacked:
             return _load(dataset, unpacked)
