@@ -12,16 +12,25 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 
+class Unwritable(OSError):
+    """A file that can't be written; `strerror` is the disk's own reason."""
+
+    def __str__(self) -> str:
+        return f"'{self.filename}' can't be written ({self.strerror}): make room there, or choose another folder"
+
+
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)`, flushes that file and renames it to `path`: a kill leaves the old file or the new one.
 
-    Raises what `write` raises, and OSError for a full or read-only disk; it then removes the temporary file.
+    Raises what `write` raises, and Unwritable for a full or read-only disk; it then removes the temporary file.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.writing")
     try:
         write(temporary)
         flush(temporary)
         temporary.replace(path)
+    except OSError as error:
+        raise Unwritable(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

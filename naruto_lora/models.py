@@ -82,12 +82,9 @@ def identity(source: str) -> str:
 
 def _config(base: str, name: str, what: str) -> dict:
     folder = Path(base).expanduser()
-    if folder.is_dir():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"the folder '{base}' is not {what}: it has no {name}; choose another")
-    else:
-        file = Path(_download(base, name))
+    file = folder / name if folder.is_dir() else Path(_download(base, name))
+    if not file.is_file():
+        raise ValueError(f"the folder '{base}' is not {what}: it has no {name}; choose another")
     return json.loads(file.read_text(encoding="utf-8"))
 
 

@@ -105,9 +105,7 @@ class Progress:
         """Starts a new display and new phases if another notebook cell runs than at the last call."""
         if not _in_notebook():
             return
-        from IPython import get_ipython
-
-        cell = get_ipython().execution_count
+        cell = sys.modules["IPython"].get_ipython().execution_count
         if cell != self.cell:
             self.cell, self.phases, self.blocks, self.handle = cell, {}, {}, None
 

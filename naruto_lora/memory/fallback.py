@@ -59,7 +59,7 @@ class Fallback:
         while True:
             try:
                 return compute()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not gpu.is_out_of_memory(error):
                     raise
                 reason = _first_sentence(error)
@@ -79,13 +79,14 @@ class Fallback:
         while self.engine is None:
             gpu.free()
             if not self.rungs:
-                raise RuntimeError(
+                text = (
                     f"step {step} does not fit in the GPU's memory ({reason}): close other programs that use the GPU, "
                     f"or choose a `recipe` with a lower resolution. What is trained is saved: run it again to continue"
                 )
+                raise RuntimeError(_of_the_host(text) if _on_host(reason) else text)
             try:
                 self.engine = make_engine(self.unet, self.parameters, self.rung)
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not gpu.is_out_of_memory(error):
                     raise
                 reason = _first_sentence(error)
@@ -94,4 +95,12 @@ class Fallback:
 
 
 def _first_sentence(error: Exception) -> str:
-    return str(error).split(". ")[0]
+    return str(error).split(". ")[0].split("\n")[0] or type(error).__name__
+
+
+def _of_the_host(text: str) -> str:
+    return text.replace("the GPU's memory", "this machine's memory").replace(" that use the GPU", "")
+
+
+def _on_host(reason: str | None) -> bool:
+    return any(word in (reason or "") for word in (*gpu.HOST_FULL, "MemoryError"))

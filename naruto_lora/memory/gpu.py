@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
+HOST_FULL = ("could not create a primitive", "DefaultCPUAllocator", "bad allocation", "std::bad_alloc")  # torch's
 CONTEXT = 0.45 * GIB  # that the CUDA driver and the kernels' code take, outside of torch's allocator
 
 
@@ -95,10 +96,11 @@ def available(device: torch.device) -> int:
     return min(free, cap) + reserved - torch.cuda.memory_allocated(device)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether the GPU ran out of memory, or the host in a copy: CUDA's libraries report that in many wordings."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the GPU or the host ran out of memory: CUDA's and the CPU's libraries report that in many wordings."""
+    text, kinds = str(error), (torch.OutOfMemoryError, MemoryError)
+    words = ("out of memory", "ALLOC_FAILED", *HOST_FULL)
+    return isinstance(error, kinds) or any(word in text for word in words)
 
 
 def free() -> None:

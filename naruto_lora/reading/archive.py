@@ -54,8 +54,12 @@ def _unzip(archive: Path) -> Path:
     if not archive.is_file():
         raise FileNotFoundError(f"the file '{archive}' does not exist; check the path")
     target = _target(archive)
-    _tidy(target.parent)
-    if not target.is_dir():
+    try:
+        _tidy(target.parent)
+        there = target.is_dir()
+    except OSError as error:  # somebody else's home folder
+        raise _no_place(archive, target.parent, error) from None
+    if not there:
         temporary = _make_folder(archive, target.parent)
         try:
             _extract(archive, temporary)

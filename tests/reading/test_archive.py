@@ -157,3 +157,26 @@ def test_an_interrupted_check_keeps_the_unpacked_zip(tmp_path, cached, monkeypat
 def test_a_zip_is_a_data_set(tmp_path, cached, pictures):
     archive = shutil.make_archive(str(tmp_path / "mine"), "zip", pictures)
     assert [e.digest for e in data.load(archive)] == [e.digest for e in data.load(pictures)]
+
+
+def test_a_home_that_cant_be_used_is_named_with_its_mend(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    file, closed = zipped(tmp_path / "mine.zip", {"a.png": b"1"}), tmp_path / "closed"
+    (tmp_path / "file").write_text("no folder")
+    (closed / ".cache").mkdir(parents=True)
+    for home in (tmp_path / "file", "/proc"):
+        monkeypatch.setenv("HOME", str(home))
+        with pytest.raises(OSError, match=f"mine.zip' can't be unpacked into '{home}/.cache/naruto_lora' .*HOME to an"):
+            archive.unzip(file)
+
+    def refused(self):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setenv("HOME", str(closed))  # of another user, who hides it
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="closed/.cache/naruto_lora' .Permission denied"):
+        patch.setattr(archive.Path, "is_file", lambda _: True)
+        patch.setattr(archive.Path, "is_dir", refused)
+        archive.unzip(file)
+    monkeypatch.setattr(archive.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no name for this user")))
+    with pytest.raises(OSError, match="no home folder to unpack '.*mine.zip' into; set XDG_CACHE_HOME to a folder"):
+        archive.unzip(file)
