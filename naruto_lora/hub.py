@@ -110,13 +110,15 @@ def adapter(repository: str) -> Path:
 
 
 def explain(repository: str, kind: str, error: str) -> str:
-    """What is wrong and how to fix it; `error` is the name of the hub client's error class."""
+    """What is wrong and how to fix it; `error` is the name of the client's error class, perhaps with HTTP's status."""
     place = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repository}"
     what = f"the {'data set' if kind == 'dataset' else kind} '{repository}'"
     if "Gated" in error:
         return f"{what} is gated: accept its terms at {place}, then log in (on Colab: a secret named HF_TOKEN)"
     if "NotFound" in error and "Local" not in error:
         return f"{what} is neither a folder here nor on the hub ({place}): check the name; a private one needs HF_TOKEN"
+    if error.endswith((" 401", " 403")):
+        return f"the hub refuses {what}: log in with a token that may read it (on Colab: a secret named HF_TOKEN)"
     error = error if is_id(repository) else "it is no hub id such as 'owner/name'"
     return f"{what} is no folder here, and can't be downloaded from the hub ({error}): check the name and the network"
 
@@ -224,14 +226,15 @@ def _bytes(folders: list[Path]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m naruto_lora.hub KIND REPOSITORY NAME...` downloads; a failure's last line is the name of its class."""
+    """`python -m naruto_lora.hub KIND REPOSITORY NAME...` downloads; a failure's last line is its class and status."""
     from huggingface_hub import snapshot_download
 
     kind, repository, *names = arguments
     try:
         print(json.dumps(snapshot_download(repository, repo_type=kind, allow_patterns=names)))
     except Exception as error:
-        print(error, type(error).__name__, sep="\n", file=sys.stderr)
+        status = getattr(getattr(error, "response", None), "status_code", "")
+        print(error, f"{type(error).__name__} {status}".strip(), sep="\n", file=sys.stderr)
         return 1
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import statistics
 
 import torch
@@ -65,7 +66,9 @@ class Validation:
 
 
 def _save_jpeg(picture, path) -> None:
-    picture.save(path, "JPEG", quality=90)
+    buffer = io.BytesIO()  # Pillow's own write takes a JPEG cut short by a full disk for a whole one
+    picture.save(buffer, "JPEG", quality=90)
+    path.write_bytes(buffer.getvalue())
 
 
 @torch.no_grad()
