@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 GIB = 2**30
-HOST_FULL = ("could not create a primitive", "DefaultCPUAllocator", "bad allocation", "std::bad_alloc")  # torch's
+HOST_FULL = ("could not create a primitive", "alloc_cpu", "DefaultCPUAllocator", "bad_alloc")  # torch's words
 CONTEXT = 0.45 * GIB  # that the CUDA driver and the kernels' code take, outside of torch's allocator
 
 
