@@ -73,6 +73,21 @@ def test_damaged_checkpoints_never_displace_the_newest_usable_one(stepped, tmp_p
     assert checkpoint.newest([tmp_path]).name == "checkpoint-90"
 
 
+def test_rotation_passes_over_what_another_run_has_just_removed(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    whole = checkpoint.Path.rename
+
+    def removed_first(path, target):
+        if path.name == "checkpoint-1":
+            path.rmdir()
+        whole(path, target)
+
+    monkeypatch.setattr(checkpoint.Path, "rename", removed_first)
+    checkpoint.rotate(tmp_path, 3, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
 @pytest.fixture
 def two(stepped, tmp_path):
     """A folder with checkpoint-30 and checkpoint-60, both undamaged."""

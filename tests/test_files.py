@@ -81,3 +81,15 @@ def test_a_disk_with_modes_of_its_own_is_written_all_the_same(tmp_path, monkeypa
     monkeypatch.setattr(files.Path, "chmod", fails)
     files.replace(tmp_path / "a", lambda temporary: temporary.write_text("x"))
     assert (tmp_path / "a").read_text() == "x"
+
+
+def test_a_folder_that_two_processes_try_at_once_can_be_written(tmp_path, monkeypatch):
+    whole = files.Path.write_bytes
+
+    def removed_at_once(path, content):
+        whole(path, content)
+        path.unlink()
+
+    monkeypatch.setattr(files.Path, "write_bytes", removed_at_once)
+    files.make_folder(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []

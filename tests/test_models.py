@@ -1,5 +1,6 @@
 """The parts of SDXL: loaded with the right dtype and weights (test_bad_input tests wrong bases)."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from naruto_lora import models
+from naruto_lora import cache, models
 
 CPU = torch.device("cpu")
 
@@ -27,6 +28,19 @@ def test_the_text_encoders_are_sdxls_two(base):
     width = one.config.hidden_size + two.config.hidden_size
     assert models.load_unet(base, torch.float32, CPU).config.cross_attention_dim == width
     assert not hasattr(one, "text_projection") and two.text_projection.weight.any()
+
+
+def test_the_shapes_of_a_prompt_are_known_before_it_is_encoded(base, tmp_path):
+    encoded = cache.encode_prompts(models.load_text_encoders(base, torch.float32, CPU), ["a woman"])[0]
+    assert {name: tuple(value.shape) for name, value in encoded.items()} == models.prompt_shapes(base)
+    for file, content in (
+        ("tokenizer/tokenizer_config.json", {}),
+        ("unet/config.json", {"cross_attention_dim": 2048, "addition_time_embed_dim": 256,
+                              "projection_class_embeddings_input_dim": 2816}),
+    ):  # fmt: skip
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(json.dumps(content))
+    assert models.prompt_shapes(str(tmp_path)) == {"prompt_embeds": (77, 2048), "pooled": (1280,)}  # SDXL's
 
 
 def test_a_vae_that_overflows_in_fp16_is_kept_in_fp32(base, tmp_path):

@@ -172,6 +172,22 @@ def test_an_adapter_is_found_by_name_or_path_or_as_the_newest(trained, tmp_path)
             storage.find_adapter(name, tmp_path / "empty")
 
 
+def test_a_run_that_is_removed_meanwhile_is_passed_over(tmp_path, monkeypatch):
+    for name in ("kept", "removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    os.utime(tmp_path / "kept" / "pytorch_lora_weights.safetensors", (0, 0))
+    whole = Path.glob
+
+    def removed_after(path, pattern):
+        found = list(whole(path, pattern))
+        shutil.rmtree(tmp_path / "removed")
+        return found
+
+    monkeypatch.setattr(Path, "glob", removed_after)
+    assert storage.find_adapter("", tmp_path) == tmp_path / "kept"
+
+
 def test_off_colab_downloads_and_the_end_do_nothing(tmp_path, capsys):
     share.download(tmp_path / "a.safetensors", interactive=True)  # not on Colab
     share.push(tmp_path, "")

@@ -79,6 +79,25 @@ def test_a_copy_accepts_new_text_but_no_new_code(source, tmp_path):
             executed.reword(copy, file)
 
 
+def test_a_full_disk_leaves_the_copy_as_it_was(source, tmp_path, monkeypatch):
+    copy = executed.keep(ran(source, tmp_path), tmp_path / "copy.ipynb", "on a toaster", {})
+    nbformat.write(nbformat.v4.new_notebook(cells=executed.own(nbformat.read(copy, 4))), tmp_path / "source.ipynb")
+    before, whole = copy.read_bytes(), Path.write_text
+
+    def full(path, text, **options):
+        whole(path, text[:100], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for write in (
+        lambda: executed.keep(tmp_path / "ran.ipynb", copy, "", {}),
+        lambda: executed.reword(copy, tmp_path / "source.ipynb"),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+        assert copy.read_bytes() == before and not list(tmp_path.glob("*.writing"))
+
+
 def test_a_failed_run_is_not_kept(source, tmp_path):
     source.cells[2].outputs = [nbformat.v4.new_output("error", ename="E", evalue="e", traceback=[])]
     nbformat.write(source, tmp_path / "failed.ipynb")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +125,21 @@ def test_dataset_is_complete_and_its_bytes_are_fixed(tmp_path):
     assert contents(world.write_dataset(tmp_path / "two", count=6, seed=3)) == contents(folder)
     assert contents(world.write_dataset(tmp_path / "three", count=6, seed=4)) != contents(folder)
     assert not {row["text"] for row in rows} & {prompt["text"] for prompt in world.prompts(300, 3)}
+
+
+def test_two_processes_may_draw_one_data_set(tmp_path, monkeypatch):
+    """Another removes the old pictures and renames its list just before this one does."""
+    folder = world.write_dataset(tmp_path, count=3, seed=3)
+    old, whole = contents(folder), Path.unlink
+
+    def removed_first(path, **options):
+        if path.suffix == ".png":
+            whole(path)
+        whole(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", removed_first)
+    world.write_dataset(folder, count=3, seed=4)
+    assert contents(folder).keys() == old.keys() and contents(folder) != old
 
 
 def test_a_complete_folder_is_kept_and_any_other_is_drawn_again(tmp_path):
