@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -469,6 +470,32 @@ def test_latents_that_are_not_finite_name_their_picture(plan, examples, tmp_path
     with pytest.raises(ValueError, match=f"the VAE's latents of '{examples[0][1].name}' are not finite"):
         cache.encode(examples[0][:3], plan, tmp_path)
     assert not shards(tmp_path)
+
+
+@pytest.mark.parametrize("side, free, batch", [(1024, 16, 4), (1024, 8, 2), (1024, 1, 1), (512, 99, 16), (64, 99, 32)])
+def test_a_batch_on_a_gpu_takes_half_of_the_free_memory(monkeypatch, side, free, batch):
+    """The VAE's encoder holds 2 GiB for a picture of 1024 px in fp16."""
+    monkeypatch.setattr(cache.gpu, "available", lambda device: free * 2**30)
+    vae = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    assert cache._batch_size(vae, side) == batch
+
+
+def test_a_batch_on_a_gpu_is_read_after_it_is_computed(monkeypatch):
+    done = []
+    event = SimpleNamespace(record=lambda: done.append("record"), synchronize=lambda: done.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    assert cache._record_event(torch.device("cpu")) is None
+    recorded = cache._record_event(torch.device("cuda"))
+
+    class Moments(torch.Tensor):
+        def isfinite(self):
+            done.append("read")
+            return torch.Tensor.isfinite(torch.ones(1, 2, 4, 1, 1))
+
+    crop = data.Crop("a.png", None, (32, 32, 0, 0, 32, 32))
+    keys, rows = cache._finish(["key"], [crop], torch.ones(1, 2, 4, 1, 1).as_subclass(Moments), recorded)
+    assert done == ["record", "synchronize", "read"] and keys == ["key"]
+    assert rows[0]["time_ids"].tolist() == [32, 32, 0, 0, 32, 32]
 
 
 def threads():

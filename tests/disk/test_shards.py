@@ -120,6 +120,7 @@ def spoil(path, how):
         path.write_bytes({
             "no header": b"\xff" * 100, "a list": b"\x02" + bytes(7) + b"[]", "a number": b"\x01" + bytes(7) + b"5",
             "nested": (10**5).to_bytes(8, "little") + b"[" * 10**5, "no letters": b"\x02" + bytes(7) + b"\xff\xfe",
+            "a dtype of others": content.replace(b'"dtype":"F32","shape":[2,3]', b'"dtype":"F4","shape":[2,24]'),
             "a header of a TB": (10**12).to_bytes(8, "little") + content[8:],
         }[how])  # fmt: skip
 
@@ -127,7 +128,7 @@ def spoil(path, how):
 WAYS = (
     "a bit", "cut", "cut in the header", "empty", "a tensor lacks", "another shape", "an entry more", "not finite",
     "infinite", "changed with its checksum", "another's metadata", "no header", "a list", "a number", "nested",
-    "no letters", "a header of a TB",
+    "no letters", "a header of a TB", "a dtype of others",
 )  # fmt: skip
 REASONS = {
     "a bit": "its checksum is wrong", "changed with its checksum": "its checksum is wrong",
@@ -164,6 +165,7 @@ def test_a_checksum_sees_names_dtypes_shapes_and_values():
 
 
 def test_a_shard_is_full_by_bytes_or_entries(monkeypatch):
+    assert (shards.FULL_BYTES, shards.FULL_ENTRIES) == (2**24, 64)  # 16 MiB, and 64 pictures at 1024 px in fp16
     monkeypatch.setattr(shards, "FULL_BYTES", 80)
     assert not shards.is_full({"a": entry(0)}) and shards.is_full({"a": entry(0), "b": entry(1)})  # 40 bytes each
     monkeypatch.setattr(shards, "FULL_BYTES", 81)
