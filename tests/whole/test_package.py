@@ -5,9 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import naruto_lora
 
@@ -59,8 +62,6 @@ def test_nothing_outside_tiny_knows_of_it():
 
 
 def test_what_is_installed_has_its_data():
-    import tomllib
-
     settings = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
     patterns = settings["tool"]["setuptools"]["package-data"]["naruto_lora"]
     found = (name for pattern in patterns for name in glob.glob(pattern, root_dir=FOLDER, recursive=True))
@@ -69,6 +70,40 @@ def test_what_is_installed_has_its_data():
               if p.suffix in (".json", ".safetensors", ".txt", ".md") and p.is_file()}
     assert needed and needed <= packed, needed - packed
     assert settings["project"]["version"] == naruto_lora.__version__
+
+
+def misfits(requirements):
+    """What is not installed, or in another version, of `requirements` and of all that they require in turn."""
+    todo, done, wrong = [Requirement(text) for text in requirements], set(), []
+    while todo:
+        needed = todo.pop()
+        if str(needed) in done:
+            continue
+        done.add(str(needed))
+        try:
+            found = distribution(needed.name)
+        except PackageNotFoundError:
+            wrong.append(f"{needed} is not installed")
+            continue
+        if not needed.specifier.contains(found.version, prereleases=True):
+            wrong.append(f"{needed} is {found.version}")
+        for more in map(Requirement, found.requires or ()):
+            if more.marker is None or any(more.marker.evaluate({"extra": extra}) for extra in ("", *needed.extras)):
+                more.marker = None
+                todo.append(more)
+    return wrong
+
+
+def test_what_is_installed_fits_together():
+    """As `pip check`, but only for what this package needs: an environment may hold other things that don't fit."""
+    lines = [line for line in (FOLDER.parent / "requirements.txt").read_text().splitlines() if line[0] != "#"]
+    tools = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]["test"]
+    assert misfits([*lines, *tools]) == []
+
+
+def test_what_does_not_fit_is_named():
+    assert misfits(["pytest<1"]) == [f"pytest<1 is {pytest.__version__}"]
+    assert misfits(["no-such-package-here>=1"]) == ["no-such-package-here>=1 is not installed"]
 
 
 def check_types(folder):
