@@ -1,7 +1,9 @@
 """Captioned pictures: folders, parquet, orientation and colour, the split, the crop."""
 
+import hashlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -188,6 +190,65 @@ def test_the_split_takes_about_its_share_and_at_least_three():
     assert [len(part) for part in data.split(examples[:7], 1e-9)] == [4, 3]
 
 
+def test_the_held_out_pictures_are_always_the_same_ones():
+    """By the SHA-256 of their bytes: a run that resumes under a newer version must keep its hold-out."""
+    examples = [Example(str(n), "a", str(n).encode()) for n in range(40)]
+    places = {e.name: int(hashlib.sha256(e.source).hexdigest()[:8], 16) / 2**32 for e in examples}
+    train, held = data.split(examples, 0.2)
+    assert [e.name for e in held] == [name for name, place in places.items() if place < 0.2]
+    assert [e.name for e in train] == [name for name, place in places.items() if place >= 0.2]
+    nearest = sorted(places, key=places.get)[:3]
+    assert {e.name for e in data.split(examples, 1e-9)[1]} == set(nearest)
+
+
+def test_a_split_must_leave_three_pictures_to_train_on():
+    examples = [Example(str(n), "a", str(n).encode()) for n in range(6)]
+    assert [len(part) for part in data.split(examples, 1e-9)] == [3, 3]
+    with pytest.raises(ValueError, match="with holdout 1e-09, 2 of 5 pictures are left to train on, fewer than 3: add"):
+        data.split(examples[:5], 1e-9)
+
+
+def test_pictures_are_decoded_in_order_and_only_some_ahead():
+    taken = []
+
+    def rows():
+        for n in range(100):
+            taken.append(n)
+            yield Example(str(n), "a", packed(halves(left=(n, 0, 0)))), 16
+
+    decoded = data.decode_ahead(rows())
+    first = next(decoded)
+    assert len(taken) == data.AHEAD + 1 == 33
+    assert (first.name, first.pixels.shape, first.pixels.dtype) == ("0", (16, 16, 3), np.uint8)
+    assert first.time_ids == (20, 40, 0, 8, 16, 16)
+    rest = list(decoded)
+    assert [crop.name for crop in rest] == [str(n) for n in range(1, 100)]
+    assert all(abs(int(crop.pixels[8, 0, 0]) - int(crop.name)) <= 1 for crop in rest)
+
+
+def test_closing_the_decoder_leaves_the_rest_undecoded():
+    def rows():
+        yield from ((Example(str(n), "a", packed(halves())), 16) for n in range(34))
+        raise AssertionError("nobody asked for this row")
+
+    decoded = data.decode_ahead(rows())
+    assert next(decoded).name == "0" and next(decoded).name == "1"
+    decoded.close()
+    assert list(decoded) == []
+
+
+def test_a_picture_that_is_gone_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the picture '.*/gone\.png' is gone; restore it or load"):
+        Example("gone.png", "a", tmp_path / "gone.png").read()
+
+
+def test_pixels_keep_rows_columns_and_colours_in_their_places():
+    image = Image.new("RGB", (3, 2))
+    image.putpixel((2, 1), (255, 0, 51))
+    stack = data.pixels([image])[0]
+    assert stack[:, 1, 2].tolist() == pytest.approx([1, -1, -0.6]) and stack.sum() == pytest.approx(-18 + 2 + 0.4)
+
+
 def test_captions_with_a_byte_order_mark_and_odd_line_ends_are_read(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
     line = '{"file_name": "a.png", "text": "one\u2028two"}\r\n'
@@ -208,6 +269,7 @@ def test_a_fingerprint_changes_with_pictures_captions_and_their_order(examples):
     first, second = examples[0][:2]
     other = data.Example(first.name, "another caption", first.source)
     moved = data.Example("elsewhere.png", first.caption, first.read())
+    assert re.fullmatch("[0-9a-f]{16}", data.fingerprint([first]))
     prints = [data.fingerprint(rows) for rows in ([first, second], [second, first], [other, second], [first])]
     assert len(set(prints)) == 4 and data.fingerprint([moved, second]) == prints[0]
 

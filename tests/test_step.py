@@ -1,6 +1,5 @@
 """The training step: its loss, and what each update sees."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -52,6 +51,62 @@ def test_the_noise_schedule_stays_fp32_under_a_half_precision_unet():
     assert mirror.seen.mean().item() == pytest.approx(1e-5**0.5, rel=0.02)
 
 
+class Scale(torch.nn.Module):
+    """A U-Net that scales its input by one weight, and can be told to recompute."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.weight, self.device, self.recomputes = torch.nn.Parameter(torch.full((1,), 0.5, dtype=dtype)), CPU, None
+
+    def forward(self, sample, timesteps, encoder_hidden_states, added_cond_kwargs):
+        return type("Output", (), {"sample": sample * self.weight})
+
+    def enable_gradient_checkpointing(self):
+        self.recomputes = True
+
+    def disable_gradient_checkpointing(self):
+        self.recomputes = False
+
+
+def test_the_plain_engine_recomputes_only_when_it_is_told_to():
+    for asked, told in (({}, False), ({"recompute": False}, False), ({"recompute": True}, True)):
+        unet = Scale()
+        step.Plain(unet, [], **asked)
+        assert unet.recomputes is told
+
+
+def test_the_plain_engine_runs_a_half_precision_unet_under_autocast_and_no_other():
+    for dtype, half in ((torch.float16, True), (torch.float32, False)):
+        with step.Plain(Scale(dtype), []).context():
+            assert torch.is_autocast_enabled("cpu") == half
+            assert not half or torch.get_autocast_dtype("cpu") == torch.float16
+
+
+def test_the_plain_engine_adds_up_gradients_weighted_by_the_seed():
+    unet = Scale()
+    engine, seed = step.Plain(unet, [unet.weight]), torch.tensor([0.25, 2.0])
+    latents, noise = torch.randn(2, 2, *SHAPE, generator=torch.Generator().manual_seed(3))
+    inputs = {
+        "latents": latents, "prompt_embeds": torch.zeros(2, 3, 5), "pooled": torch.zeros(2, 2),
+        "time_ids": torch.zeros(2, 6), "timesteps": torch.tensor([1, 0]), "noise": noise,
+        "alphas_cumprod": torch.tensor([0.75, 0.19]),
+    }  # fmt: skip
+    signal, share = torch.tensor([0.19, 0.75]).view(2, 1, 1, 1).sqrt(), torch.tensor([0.9, 0.5]).view(2, 1, 1, 1)
+    noisy = signal * latents + share * noise  # at the timesteps 1 and 0
+    left = 0.5 * noisy - noise
+    gradient = (seed * (2 * left * noisy).mean(dim=(1, 2, 3))).sum()
+    losses = engine.accumulate(inputs, seed)
+    torch.testing.assert_close(losses, left.square().mean(dim=(1, 2, 3)))
+    assert not losses.requires_grad
+    torch.testing.assert_close(unet.weight.grad, gradient[None])
+    engine.accumulate(inputs, seed)
+    torch.testing.assert_close(unet.weight.grad, 2 * gradient[None])
+    engine.refresh()
+    assert engine.release() is False and list(engine.notes) == []
+    engine.zero_grad()
+    assert unet.weight.grad is None
+
+
 def small(**changes):
     plan = recipe.Recipe("small", (recipe.Leg(1000, 1e-3),), batch=2, accumulation=4, resolution=64, precision="fp32")
     return plan.replace(**changes)
@@ -91,6 +146,33 @@ def test_a_draw_depends_only_on_seed_and_step():
         assert not torch.equal(first.timesteps, other.timesteps)
     assert not torch.equal(stacked(first, "noise"), stacked(first, "latent_noise"))
     assert stacked(first, "noise").std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_a_draw_stays_what_it_was_when_older_runs_were_begun():
+    """A run that resumes under a newer version must see what it would have seen."""
+    plan = small(seed=5)
+    for k, epoch, place in ((0, 0, 0), (5, 1, 1), (7, 1, 3)):
+        order = np.random.default_rng((5, epoch, 0)).permutation(30)
+        rng = np.random.default_rng((5, k, 1))
+        draw, count = step.draw(plan, k, [SHAPE] * 30), min(8, 30 - 8 * place)
+        assert (draw.indices == order[8 * place : 8 * place + 8]).all()
+        timesteps = (rng.permutation(count) + rng.random(count)) / count * 1000
+        assert draw.timesteps.tolist() == timesteps.astype(int).tolist() and draw.timesteps.dtype == torch.int64
+
+
+@pytest.mark.parametrize("bad, names", [
+    ([1], ["1"]), ([0, 3, 4, 5], ["0", "3", "4", "5"]), ([0, 1, 2, 4, 5], ["0", "1", "2", "4", "1 more"]),
+    ([], ["0", "1", "2", "3", "2 more"]),
+])  # fmt: skip
+def test_what_is_not_finite_is_named_four_at_most(bad, names):
+    draw = step.draw(small(batch=2, accumulation=3), 2, [SHAPE] * 30)
+    pictures = tuple(f"picture {n}" for n in range(30))
+    losses = [float("nan") if k in bad else 1.0 for k in range(6)]
+    expected = [f"'picture {draw.indices[int(name)]}' (timestep {draw.timesteps[int(name)]})" if name.isdigit()
+                else name for name in names]
+    text = step.describe_not_finite(3, draw, losses, pictures)
+    what = "loss is" if bad else "gradients are"
+    assert text.startswith(f"step 3: the {what} not finite for {' and '.join(expected)}; the run stops")
 
 
 def test_timesteps_are_stratified_and_reach_both_ends():
