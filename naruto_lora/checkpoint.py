@@ -321,7 +321,7 @@ class RunFolder:
         shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left broken files there
         temporary.mkdir()
         lora.save(unet, temporary)
-        lora.save_kohya(unet, temporary / f"{recipe.name}.safetensors", recipe.alpha)
+        lora.save_kohya(unet, temporary / record["file"], recipe.alpha, record)
         (temporary / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
         for file in temporary.iterdir():
             files.flush(file)

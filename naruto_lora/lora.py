@@ -1,14 +1,21 @@
-"""LoRA on the U-Net's attention (arXiv 2106.09685) by peft: inject, save and load in diffusers' format."""
+"""LoRA on the U-Net's attention (arXiv 2106.09685) by peft: inject, save and load in diffusers' format.
+
+`adapters/` has the other formats.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from .adapters import header
+from .adapters.writing import file_name as file_name
+from .adapters.writing import save_kohya as save_kohya
+from .hub import LORA
+
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
+FILE = LORA  # diffusers' own name
 
 
 def inject(unet, rank: int, alpha: float, seed: int = 0) -> list[torch.nn.Parameter]:
@@ -52,38 +59,8 @@ def save(unet, folder: str | Path) -> Path:
         unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
         unet_lora_adapter_metadata=config | {"target_modules": sorted(config["target_modules"])},
     )
-    _sort_metadata(Path(folder) / FILE)
+    header.sort(Path(folder) / FILE)
     return Path(folder) / FILE
-
-
-def _sort_metadata(file: Path) -> None:
-    """Sorts a safetensors file's metadata in place; safetensors writes it in random order.
-
-    The header is 8 bytes of length, then JSON (huggingface.co/docs/safetensors); sorting keeps its length.
-    """
-    with open(file, "rb+") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) == length:
-            handle.seek(8)
-            handle.write(text)
-
-
-def save_kohya(unet, file: str | Path, alpha: float) -> Path:
-    """Writes the adapter with kohya-ss's names (ComfyUI, A1111), in fp16, with alpha per layer; returns the file."""
-    from peft.utils import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    kinds, layers = {"lora_A": "lora_down", "lora_B": "lora_up"}, {}
-    for name, weight in get_peft_model_state_dict(unet).items():
-        module, kind, _ = name.rsplit(".", 2)
-        prefix = "lora_unet_" + module.replace(".", "_")
-        layers[f"{prefix}.{kinds[kind]}.weight"] = weight.detach().half().cpu().contiguous()
-        layers[f"{prefix}.alpha"] = torch.tensor(float(alpha))
-    save_file(layers, file)
-    return Path(file)
 
 
 def restore(unet, folder: str | Path) -> None:

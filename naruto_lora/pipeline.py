@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from . import data, files, models
+from . import data, models
+from .adapters import active, reading
+from .adapters.active import BASE, add_adapter, use_adapter
 from .memory import gpu
 from .progress import note
 from .reading.prompts import read_prompts as read_prompts
 
-BASE = "base"  # the name that means 'no adapter'
 LCM = "lcm"  # the adapter, and the scheduler that needs it
-MAX_WEIGHT = 1.5  # of an adapter; above it pictures fall apart
 SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
@@ -42,7 +42,7 @@ def load(base: str, vae: str = "", adapters: dict[str, str | Path] | None = None
     adapter, ValueError for a base that is not SDXL.
     """
     models.check_base(base, vae)
-    adapter_files = {name: _adapter_file(path) for name, path in (adapters or {}).items()}
+    adapter_files = {name: reading.locate(path) for name, path in (adapters or {}).items()}
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     precision = precision or ("fp16" if torch.cuda.is_available() else "fp32")
@@ -68,60 +68,6 @@ def load(base: str, vae: str = "", adapters: dict[str, str | Path] | None = None
     return pipe
 
 
-def _adapter_file(path: str | Path) -> Path:
-    from .lora import FILE
-
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no LoRA at '{file}'; train one with notebook 02 or 03, or correct the path")
-    return file
-
-
-def add_adapter(pipe, name: str, path: str | Path) -> None:
-    """Loads a LoRA (its folder or .safetensors file) as `name`; other adapters stay loaded.
-
-    Raises FileNotFoundError, and ValueError for a name that is in use or a LoRA that doesn't fit.
-    """
-    file = _adapter_file(path)
-    if name == BASE or not name.isidentifier():
-        raise ValueError(f"'{name}' can't name an adapter; use one word of letters, digits and _, but not '{BASE}'")
-    identities = pipe.__dict__.setdefault("adapter_identities", {})
-    if name in getattr(pipe.unet, "peft_config", {}):
-        if identities.get(name) == files.sha256(file)[:16]:
-            return
-        raise ValueError(f"another adapter is already called '{name}'; choose another name")
-    try:
-        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-    except (OSError, RuntimeError, ValueError, KeyError):  # broken or for another U-Net; their messages are very long
-        if name in getattr(pipe.unet, "peft_config", {}):
-            pipe.delete_adapters(name)
-        raise ValueError(f"the LoRA '{file}' is broken or was made for another base; use one for this base") from None
-    identities[name] = files.sha256(file)[:16]
-
-
-def use_adapter(pipe, adapter: str | dict[str, float], scale: float = 1.0) -> dict[str, float]:
-    """Activates one adapter, or several as {name: weight}, times `scale`; returns the active {name: weight}.
-
-    'base' or weights of 0 give the unchanged base, bit for bit. Raises ValueError for a name that isn't loaded or a
-    weight outside 0 to 1.5.
-    """
-    loaded = getattr(pipe.unet, "peft_config", {})
-    requested = {adapter: 1.0} if isinstance(adapter, str) else adapter
-    weights = {name: float(weight * scale) for name, weight in requested.items() if name != BASE}
-    for name, weight in weights.items():
-        if name not in loaded:
-            raise ValueError(f"no adapter is called '{name}'; loaded are {', '.join((BASE, *loaded))}")
-        if not 0 <= weight <= MAX_WEIGHT:
-            raise ValueError(f"adapter '{name}' can't have weight {weight:g}; choose one from 0 to {MAX_WEIGHT:g}")
-    weights = {name: weight for name, weight in weights.items() if weight}
-    if weights:
-        pipe.enable_lora()
-        pipe.set_adapters(list(weights), list(weights.values()))
-    elif loaded:
-        pipe.disable_lora()
-    return weights
-
-
 def set_scheduler(pipe, name: str) -> None:
     """Sets the scheduler called `name`, with the base's own noise schedule.
 
@@ -132,7 +78,7 @@ def set_scheduler(pipe, name: str) -> None:
 
     if name not in WITH_LCM:
         raise ValueError(f"no scheduler is called '{name}'; choose one of {', '.join(WITH_LCM)}")
-    if name == LCM and LCM not in getattr(pipe.unet, "peft_config", {}):
+    if name == LCM and LCM not in active.loaded(pipe):
         raise ValueError(f"the scheduler '{LCM}' needs its LoRA: pipeline.add_adapter(pipe, '{LCM}', <an LCM LoRA>)")
     if not hasattr(pipe, "base_scheduler_config"):
         pipe.base_scheduler_config = pipe.scheduler.config  # else options of one scheduler would reach the next one
@@ -330,16 +276,14 @@ def _draw_batch(pipe, settings: list[dict], step_done) -> list:
 def _prompt_embeddings(pipe, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """prompt_embeds (B, L, D) and pooled (B, P). Each prompt is encoded once, in a batch of 1, and cached.
 
-    The cache serves the base and all adapters; it is not used if an adapter has weights for the text encoders.
+    The cache serves the base and all adapters; those that change text encoders have entries of their own.
     """
-    adapted = any(getattr(encoder, "peft_config", None) for encoder in (pipe.text_encoder, pipe.text_encoder_2))
-    cached = {} if adapted else pipe.__dict__.setdefault("prompt_cache", {})
-    rows = []
+    cached, changed, rows = pipe.__dict__.setdefault("prompt_cache", {}), pipe.__dict__.get("text_adapters", ()), []
     for prompt in prompts:
-        if prompt not in cached:
+        if (prompt, changed) not in cached:
             embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
-            cached[prompt] = embeds, pooled
-        rows.append(cached[prompt])
+            cached[prompt, changed] = embeds, pooled
+        rows.append(cached[prompt, changed])
         if len(cached) > PROMPT_CACHE_SIZE:
             del cached[next(iter(cached))]
     return torch.cat([embeds for embeds, _ in rows]), torch.cat([pooled for _, pooled in rows])

@@ -28,8 +28,9 @@ RETRIES = 16  # tries of an update whose fp16 gradients overflow, each at half t
 def train(recipe, out: str | Path, cache_folder: str | Path | None = None, show=None, mirror=None) -> dict:
     """Trains `recipe` in the folder `out`, resuming from its newest checkpoint; returns the run's record.
 
-    Writes pytorch_lora_weights.safetensors (diffusers), <recipe's name>.safetensors (ComfyUI, A1111) and run.json to
-    `out`. `mirror` is a second folder (on Google Drive) for copies that outlive this machine; `show` as in `progress`.
+    Writes run.json and the LoRA twice to `out`: pytorch_lora_weights.safetensors (diffusers) and <name of
+    `out`>.safetensors (every other program). `mirror` is a second folder (on Google Drive) for copies that outlive this
+    machine; `show` as in `progress`.
     Raises what `begin` raises, before any training, and what `Run.to_the_end` raises.
     """
     run = begin(recipe, out, cache_folder, show, mirror)
@@ -269,6 +270,7 @@ class Run:
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU",
             "peak_gib": gpu.peak_gib(),
             "adapter": str(self.folder.out / lora.FILE),
+            "file": lora.file_name(self.folder.out, self.recipe.name),
         }
         self.folder.finish(self.unet, self.recipe, record)
         return record

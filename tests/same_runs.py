@@ -16,7 +16,10 @@ from pathlib import Path
 
 PICTURES = (".png", ".jpg", ".jpeg")
 CONTENT = (*PICTURES, ".safetensors", ".json", ".jsonl")
-VARYING = {"seconds", "minutes", "adapter", "machine", "peak_gib", "device", "dataset", "base"}  # keys: times, places
+VARYING = {  # keys: times, places
+    "seconds", "minutes", "adapter", "file", "machine", "peak_gib", "device", "dataset", "base",
+}  # fmt: skip
+TITLES = ("ss_output_name", "modelspec.title")  # a LoRA file is named after its run's folder
 TIMES = re.compile(r"[\d.]+ (?:more |fewer )?minutes")
 
 
@@ -30,8 +33,18 @@ def content(file: Path) -> str:
     elif file.suffix == ".json":
         data = json.dumps(_steady(json.loads(file.read_text())), sort_keys=True).encode()
     else:
-        data = file.read_bytes()
+        data = _untitled(file.read_bytes())
     return hashlib.sha256(data).hexdigest()
+
+
+def _untitled(data: bytes) -> bytes:
+    """A LoRA file without its run's name; every other file as it is."""
+    if b'"ss_output_name"' not in data[:4096]:
+        return data
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = {key: value for key, value in header["__metadata__"].items() if key not in TITLES}
+    return json.dumps(header).encode() + data[8 + length :]
 
 
 def _steady(value):
@@ -55,6 +68,10 @@ def differences(one: Path, other: Path) -> list[str]:
     for folder, found in ((one, first), (other, second)):
         if not found:
             raise FileNotFoundError(f"'{folder}' holds no LoRA, picture or JSON file")
+    names = [json.loads((folder / "run.json").read_text()).get("file") if (folder / "run.json").is_file() else None
+             for folder in (one, other)]  # named after the folder
+    if names[0] != names[1] and names[0] in first and names[1] in second:
+        second[names[0]] = second.pop(names[1])
     lines = [f"only in {one}: {name}" for name in sorted(first.keys() - second.keys())]
     lines += [f"only in {other}: {name}" for name in sorted(second.keys() - first.keys())]
     both = sorted(first.keys() & second.keys())

@@ -94,7 +94,7 @@ def test_the_file_has_diffusers_names_and_the_alpha(trained):
 def test_the_other_file_has_kohyas_names_and_the_alpha(base, plan, trained, encoded, pipe):
     file = trained.folder / f"{plan.name}.safetensors"
     weights = load_file(file)
-    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    name = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
     assert {f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"} <= set(weights)
     assert {v.item() for k, v in weights.items() if k.endswith(".alpha")} == {plan.alpha}
     other = pipeline.load(base, adapters={"kohya": file})  # diffusers reads these names too

@@ -92,7 +92,7 @@ def shared(folder: str | Path) -> dict[str, Path | bytes]:
     record = report.record_of(folder)
     if record is None or not (folder / lora.FILE).is_file():
         raise FileNotFoundError(f"there is no finished run in '{folder}': train first")
-    names = [lora.FILE, f"{record['recipe']['name']}.safetensors"]
+    names = [lora.FILE, report.lora_name(record)]
     card = folder / "README.md"
     if card.is_file():
         names += [card.name, *_linked(folder, card.read_text(encoding="utf-8", errors="replace"))]

@@ -88,7 +88,7 @@ def _body(run: dict, record: dict, label: str, base: str, prompt: str) -> str:
         f"A LoRA of rank {recipe['rank']} for Stable Diffusion XL, trained on {_plain(data)}.",
         f"![{_plain(base)} beside {_plain(label)}: same prompts, same noise](images/compare.jpg)",
         "", "## Use", use,
-        f"`{recipe['name']}.safetensors` is the same LoRA for ComfyUI and A1111.", "", "## Training",
+        f"`{report.lora_name(run)}` is the same LoRA for ComfyUI, A1111 and all other programs.", "", "## Training",
         _table([{"what": key, "value": value} for key, value in row.items() if key != "model"]), "", "## Figures",
         *(_plain(sentence) for sentence in said), "", _table(verdict.rows(figures)), "",
         f"95% intervals over n prompts or pictures. Encoder: {_plain(record['encoder'])}. What they can't say:", "",

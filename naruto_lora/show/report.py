@@ -248,6 +248,11 @@ def record_of(folder: str | Path) -> dict | None:
     return record
 
 
+def lora_name(record: dict) -> str:
+    """The name of the run's LoRA file for other programs than diffusers; earlier runs named it after their recipe."""
+    return Path(record.get("file") or f"{record['recipe']['name']}.safetensors").name
+
+
 def readable(text: str) -> str:
     """`text` on one line, without the control letters that steer a terminal or change the direction of writing."""
     return HIDDEN.sub("", " ".join(text.split()))

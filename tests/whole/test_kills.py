@@ -150,7 +150,7 @@ def test_killed_at_random_moments_a_run_ends_like_an_uninterrupted_one(plan, tmp
     for part in ("encode", "save", "holdout_losses", "local"):
         assert any(part in stack.split("/") for stack in killed)
     expected = lasting(tmp_path / "unbroken" / "run")
-    assert {"run.json", lora.FILE, "few.safetensors"} < set(expected) and any("previews/" in name for name in expected)
+    assert {"run.json", lora.FILE, "run.safetensors"} < set(expected) and any("previews/" in name for name in expected)
     for place in (folder / "run", folder / "drive" / "run"):
         found = lasting(place)
         assert sorted(found) == sorted(expected)
