@@ -18,8 +18,8 @@ HEADERS = {  # how a header's value starts, lower case
 }  # fmt: skip
 NAMES = {  # in a layer's name; the first that is found tells
     r"double_blocks|single_blocks|single_transformer_blocks": "Flux",
-    r"joint_blocks|(^|_)transformer_blocks_\d+_attn_(add_|to_)": "SD 3",
-    r"(^|_)transformer_|(diffusion_model|lora_unet)_(blocks|layers)_\d": "a model with a transformer, not a U-Net",
+    r"joint_blocks|transformer_blocks_\d+_attn_(add_|to_)": "SD 3",
+    r"^(lora_)?transformer_|^(diffusion_model|lora_unet)_(blocks|layers)_\d": "a model with a transformer, not a U-Net",
 }
 CONTEXT = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL's refiner", 2048: SDXL}  # the width of its prompt embeddings
 FIRST_BLOCK = r"(down_blocks_0_attentions|input_blocks_1_1)_"  # SDXL has no attention there
