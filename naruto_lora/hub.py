@@ -18,7 +18,8 @@ STALL = 90.0  # seconds without a new byte
 PARTS = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DATA = (*PICTURES, ".parquet", ".arrow", ".md", ".csv", ".jsonl", ".txt", ".json", ".zip", ".tar")
-LORA = "pytorch_lora_weights.safetensors"
+LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
+PEFT = ("adapter_model.safetensors", "adapter_config.json")  # peft's: weights, settings
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,20 @@ def data_set(repository: str) -> Path:
 
 
 def adapter(repository: str) -> Path:
-    """The local folder of a LoRA on the hub, in diffusers' format; downloads it first. Raises what `fetch` raises."""
-    sizes = {name: size for name, size in _listing(repository, "model").items() if name == LORA}
-    if not sizes:
-        raise FileNotFoundError(f"'{repository}' on the hub has no {LORA}: choose another, or a file's path")
-    if download := _download(repository, "model", sizes):
+    """The local file of a LoRA on the hub: diffusers', peft's, or its only .safetensors file; downloads it first.
+
+    Raises FileNotFoundError if it has none or several of other names, and what `fetch` raises.
+    """
+    listing = _listing(repository, "model")
+    found = sorted(name for name in listing if name.endswith(".safetensors"))
+    name = next((name for name in (LORA, PEFT[0]) if name in found), found[0] if len(found) == 1 else None)
+    if name is None:
+        several = f"several .safetensors files ({', '.join(found[:4])})" if found else "no .safetensors file"
+        raise FileNotFoundError(f"'{repository}' on the hub has {several}: choose another, or download one and name it")
+    names = (name, PEFT[1]) if name == PEFT[0] else (name,)
+    if download := _download(repository, "model", {name: listing[name] for name in names if name in listing}):
         download.run()
-    return folder(repository, "model")
+    return Path(_cached(repository, "model", name))
 
 
 def explain(repository: str, kind: str, error: str) -> str:
@@ -137,10 +145,15 @@ def _listing(repository: str, kind: str) -> dict[str, int]:
         return {file.relative_to(here).as_posix(): 0 for file in here.rglob("*") if file.is_file()}
 
 
-def _is_here(repository: str, kind: str, name: str) -> bool:
+def _cached(repository: str, kind: str, name: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repository, name, repo_type=kind), str)
+    found = try_to_load_from_cache(repository, name, repo_type=kind)  # a mark instead of a path: not on the hub
+    return found if isinstance(found, str) else None
+
+
+def _is_here(repository: str, kind: str, name: str) -> bool:
+    return _cached(repository, kind, name) is not None
 
 
 def _base_files(listing: dict[str, int], recipe) -> dict[str, int]:

@@ -15,7 +15,7 @@ from .adapters.writing import save_kohya as save_kohya
 from .hub import LORA
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-FILE = LORA  # diffusers' own name
+FILE = LORA
 
 
 def inject(unet, rank: int, alpha: float, seed: int = 0) -> list[torch.nn.Parameter]:

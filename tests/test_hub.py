@@ -190,3 +190,34 @@ for changes in ({{"base": "{tiny.BASE}"}}, {{"base": "nobody/nothing"}}):
     first, second = done.stdout.splitlines() or [done.stderr, ""]
     assert f"the model '{VAE}' is gated: accept its terms at https://huggingface.co/{VAE}" in first
     assert "the model 'nobody/nothing' is neither a folder here nor on the hub" in second
+
+
+@pytest.mark.slow
+def test_a_lora_of_any_name_comes_from_the_hub(served, tmp_path):
+    """diffusers' file, peft's with its settings, or the only one; several are named, a README alone is no LoRA."""
+    contents = {"me/diffusers": [hub.LORA, "other.safetensors"], "me/peft": [*hub.PEFT, "more.safetensors"],
+                "me/pixel-art": ["pixel-art-xl.safetensors", "README.md"], "me/two": ["a.safetensors", "b.safetensors"],
+                "me/none": ["README.md"]}  # fmt: skip
+    for name, files in contents.items():
+        folder = tmp_path / "hub" / name
+        folder.mkdir(parents=True)
+        for file in files:
+            (folder / file).write_bytes(file.encode())
+        served.RequestHandlerClass.repositories[f"models/{name}"] = folder
+    code = f"""
+for name in {list(contents)}:
+    try:
+        file = hub.adapter(name)
+        print(file.name, file.read_text(), sorted(f.name for f in file.parent.iterdir()))
+    except FileNotFoundError as error:
+        print(error)
+"""
+    done = run(served, tmp_path / "home", code)
+    lora, peft, mend = hub.LORA, hub.PEFT, "choose another, or download one and name it"
+    assert done.stdout.splitlines() == [
+        f"{lora} {lora} {[lora]}",
+        f"{peft[0]} {peft[0]} {sorted(peft)}",
+        "pixel-art-xl.safetensors pixel-art-xl.safetensors ['pixel-art-xl.safetensors']",
+        f"'me/two' on the hub has several .safetensors files (a.safetensors, b.safetensors): {mend}",
+        f"'me/none' on the hub has no .safetensors file: {mend}",
+    ], done.stderr[-2000:]

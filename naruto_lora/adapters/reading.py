@@ -15,11 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..hub import LORA
+from ..hub import LORA, PEFT
 from . import names, origin
 from .layers import Layer
 
-PEFT = ("adapter_model.safetensors", "adapter_config.json")  # peft's own names of weights and settings
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl")
 COMPLETE = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # dtypes that know isfinite
 

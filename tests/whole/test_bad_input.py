@@ -492,7 +492,7 @@ def test_adapters_and_samplers(pipe, trained, tmp_path):
     larger = {name: torch.ones(w.shape[0] + 2, w.shape[1] + 2) for name, w in load_file(trained.adapter).items()}
     save_file(larger, other)
     for call, kind, named in (
-        (lambda: pipeline.add_adapter(pipe, "new", tmp_path), FileNotFoundError, "no LoRA at"),
+        (lambda: pipeline.add_adapter(pipe, "new", tmp_path), FileNotFoundError, "holds several LoRAs (broken."),
         (lambda: pipeline.add_adapter(pipe, "new", tmp_path / "no.safetensors"), FileNotFoundError, "no LoRA at"),
         (lambda: pipeline.add_adapter(pipe, "new", tmp_path / "broken.safetensors"), ValueError, "is broken or"),
         (lambda: pipeline.add_adapter(pipe, "new", other), ValueError, "for another base; use one for this base"),
