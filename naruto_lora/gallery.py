@@ -56,7 +56,7 @@ def redraw(pipe, path: str | Path) -> Image.Image:
         if saved[part] != identity:
             raise ValueError(f"'{path}' was drawn with another {part} ({saved[part]:.16}); load a pipeline with it")
     identities = pipe.__dict__.get("adapter_identities", {})
-    names = {identities[name]: name for name in getattr(pipe.unet, "peft_config", {}) if name in identities}
+    names = {identities[name]: name for name in pipeline.active.loaded(pipe) if name in identities}
     weights = {}
     for name, adapter in saved["adapters"].items():
         if adapter["identity"] not in names:

@@ -108,7 +108,7 @@ def test_the_mirror_is_enough_to_resume(previewed, trained, cache_folder, tmp_pa
     record = train.train(previewed, out, cache_folder, watcher, mirror)
     assert watcher.steps == [5, 6] and watcher.notes[0].startswith(f"resumes from {mirror / 'checkpoint-4'}, at step 4")
     assert same_adapter(out, trained.folder) and record["losses"] == trained.record["losses"]
-    for name in (lora.FILE, f"{previewed.name}.safetensors", "run.json", *previews(0), *previews(6)):
+    for name in (lora.FILE, f"{out.name}.safetensors", "run.json", *previews(0), *previews(6)):
         assert (mirror / name).read_bytes() == (out / name).read_bytes(), name
     assert checkpoint.newest([mirror]).name == "checkpoint-6"
 
