@@ -114,7 +114,7 @@ def adapter(repository: str) -> Path:
     names = (name, PEFT[1]) if name == PEFT[0] else (name,)
     if download := _download(repository, "model", {name: listing[name] for name in names if name in listing}):
         download.run()
-    return Path(_cached(repository, "model", name))
+    return Path(str(_cached(repository, "model", name)))
 
 
 def explain(repository: str, kind: str, error: str) -> str:

@@ -6,7 +6,7 @@ In a name dots and underscores count alike: `down_blocks.1.attentions.0` is `dow
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")  # of the pipeline, as diffusers names them
 PREFIXES = {  # what stands before a module's name: its part; a longer one is tried first
@@ -78,21 +78,22 @@ def _in_block(parts: list[str], resnets: dict[str, list[int]], attentive: set) -
         return inside and f"middle_block.{2 * place + (kind == 'attentions')}.{inside}"
     if parts[0] not in resnets or len(parts) < 5:
         return None
-    down, block, kind, place, rest = parts[0] == "down_blocks", int(parts[1]), parts[2], int(parts[3]), parts[4:]
+    down, block, kind, place = parts[0] == "down_blocks", int(parts[1]), parts[2], int(parts[3])
     counts, side = resnets[parts[0]], "input_blocks" if down else "output_blocks"
     first = sum(counts[:block]) + (1 + block if down else 0)  # after conv_in and each block's downsampler
     if kind == "downsamplers":
         return f"{side}.{first + counts[block]}.0.op"
     if kind == "upsamplers":
         return f"{side}.{first + counts[block] - 1}.{2 if tuple(parts[:2]) in attentive else 1}.conv"
-    inside = RESNET.get(".".join(rest)) if kind == "resnets" else ".".join(rest)
+    rest = ".".join(parts[4:])
+    inside = RESNET.get(rest) if kind == "resnets" else rest
     return inside and f"{side}.{first + place}.{int(kind == 'attentions')}.{inside}"
 
 
 class Names:
     """Finds the module that a name in a file means; `modules` are {part: names of its modules that can have a LoRA}."""
 
-    def __init__(self, modules: dict[str, Iterable[str]], all_of_unet: Iterable[str] = ()):
+    def __init__(self, modules: Mapping[str, Iterable[str]], all_of_unet: Iterable[str] = ()):
         self.tables = {part: {_plain(name): name for name in names} for part, names in modules.items()}
         unet = self.tables.setdefault("unet", {})
         ldm = ldm_names(all_of_unet or modules.get("unet", ()))

@@ -40,8 +40,8 @@ def model(shapes: Mapping[str, Iterable[int]], header: Mapping[str, str]) -> str
         return CONTEXT[min(widths)]
     for field, starts in HEADERS.items():
         value = str(header.get(field, "")).lower()
-        if found := next((name for start, name in starts.items() if value.startswith(start)), None):
-            return found
+        if named := [name for start, name in starts.items() if value.startswith(start)]:
+            return named[0]
     if any(re.search(FIRST_BLOCK, name) for name in unet):
         return "SD 1.5 or SD 2"
     return None

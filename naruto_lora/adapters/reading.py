@@ -75,7 +75,8 @@ def read(file: Path, modules: dict[str, dict[str, nn.Module]], all_of_unet=()) -
                          "something else; choose a LoRA")
     _check_finite(file, groups)
     finder, config = names.Names(modules, all_of_unet), _Config(file, header)
-    layers, left, wrong, unsupported = {}, [], [], {}
+    layers, unsupported = dict[str, dict[str, Layer]](), dict[str, None]()
+    left, wrong = list[str](), list[str]()
     for module, own in groups.items():
         part, name = finder.find(module)
         own = dict(own)
@@ -137,7 +138,7 @@ def _open(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def _grouped(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, dict[str, torch.Tensor]], list[str]]:
     """({module: {what: tensor}}, names of tensors that are no adapter's)."""
-    groups, rest = {}, []
+    groups, rest = dict[str, dict[str, torch.Tensor]](), list[str]()
     for key, tensor in tensors.items():
         if found := names.split(key):
             groups.setdefault(found[0], {})[found[1]] = tensor if found[1] == "alpha" else tensor.float()
