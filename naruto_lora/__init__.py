@@ -24,7 +24,7 @@ OFFERED = {  # name: its module
 }  # fmt: skip
 MODULES = (
     "cache", "checkpoint", "data", "files", "gallery", "hub", "lora", "models", "pipeline", "progress", "recipe",
-    "session", "step", "train", "colab", "measure", "memory", "reading", "show", "tiny", "widgets",
+    "session", "step", "train", "captioning", "colab", "measure", "memory", "reading", "show", "tiny", "widgets",
 )  # fmt: skip
 
 

@@ -43,8 +43,8 @@ def place(dataset: str | Path) -> Path:
 class Captions:
     """The lines of a data set's captions file; `file` is where they are. Raises OSError if they can't be read."""
 
-    def __init__(self, dataset: str | Path):
-        self.file = place(dataset)
+    def __init__(self, dataset: str | Path, file: Path | None = None):
+        self.file = file or place(dataset)
         self.rows = {_key(row): row for row in _lines(self.file)}
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ def apply(examples: list, dataset: str | Path, captioned: bool = True) -> list:
         elif not captioned and (isinstance(example.caption, Missing) or is_empty(example.caption)):
             example = replace(example, caption="", wordless=True)
         elif isinstance(example.caption, Missing):
-            raise ValueError(f"{example.caption.error}, or have them written: python -m naruto_lora caption '{dataset}'")
+            raise ValueError(f"{example.caption.error}, or have it written: python -m naruto_lora caption '{dataset}'")
         found.append(example)
     return found
 
