@@ -8,6 +8,8 @@
 - `captions`: captions kept beside a data set that lacks them, and who wrote each
 - `picture`: one picture from its bytes, of common formats alone: upright, in RGB, cropped; the buckets
 - `faults`: pictures and captions that may spoil a LoRA
+- `alike`: pictures compared by their pixels: nearly the same, odd, blurred
+- `amount`: how many steps a set of pictures asks for
 - `style`: words of a caption that say how a picture is drawn
 - `prompts`: prompts from a list or a file
 
