@@ -34,6 +34,17 @@ class Places:
         here = not text or not self._write(example, text)
         return captions.row(example, text, by, here, before) | more
 
+    def remove(self, example) -> None:
+        """Takes a caption away, so that the picture has none. Raises OSError."""
+        if self.kept.get(example):
+            self.kept.rewrite([row for row in self.kept.rows.values() if row != self.kept.get(example)])
+        if self.folder is None or isinstance(example.source, bytes):
+            return
+        if (listing := self._listing(example.source)) is not None and listing.suffix == ".jsonl":
+            _into_metadata(listing, example.source, "")
+        elif self.stems[example.source.with_suffix("")] == 1:
+            _beside(example.source).unlink(missing_ok=True)
+
     def _write(self, example, text: str) -> bool:
         """Whether the data set's own files took the caption."""
         if self.folder is None or isinstance(example.source, bytes) or not os.access(example.source.parent, os.W_OK):

@@ -18,7 +18,7 @@ def sheet(faults: list[Fault], size: int = 128, most: int = 8) -> Image.Image:
     font, small = ImageFont.load_default(16), ImageFont.load_default(11)
     width, line = MARGIN + most * (size + MARGIN), 18
     row = 26 + size + 2 * line + MARGIN
-    picture = Image.new("RGB", (width, MARGIN + max(1, len(found)) * row), PAPER)
+    picture = Image.new("RGB", (width, MARGIN + (len(found) * row or line + MARGIN)), PAPER)
     pen = ImageDraw.Draw(picture)
     if not found:
         pen.text((MARGIN, MARGIN), "Nothing found that may spoil a LoRA.", INK, font)
