@@ -12,7 +12,7 @@ from .. import data, models
 from ..memory import gpu
 
 PATCH = 16  # patches along a side, for the place that suffers most
-GOOD, FAIR = 30.0, 24.0  # dB
+GOOD, FAIR = 30.0, 22.0  # dB
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Kept:
 
     def sentence(self) -> str:
         """What the figures mean."""
-        if self.db >= GOOD and self.worst >= FAIR - 6:
+        if self.db >= GOOD and self.worst >= FAIR - 4:
             return "kept"
         return "fine detail is lost" if self.db >= FAIR else "much is lost: lines and small faces change"
 

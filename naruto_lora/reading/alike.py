@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 HASHED, NEAR = 8, 14.0  # nearly the same: at most so many of 64 bits of `dhash`, and so much mean difference of 255
-ODD = 6.0  # robust deviations from the other pictures
+ODD = 5.0  # robust deviations from the other pictures
 UNITS = np.array([0.05, 0.03, 0.05, 0.03, 0.01, 0.03, 0.04, 0.008])  # the least deviations of `measures` within a style
 BLURRED = 0.05  # `sharpness` of a picture out of focus
 

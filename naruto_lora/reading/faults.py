@@ -163,4 +163,5 @@ def _counter(base: str) -> tuple[Callable[[str], int], int, str]:
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-    return (lambda text: len(tokenizer.tokenize(text))), tokenizer.model_max_length - 2, "tokens"
+    most, tokenizer.model_max_length = tokenizer.model_max_length - 2, 10**6  # no warning for longer ones
+    return (lambda text: len(tokenizer.tokenize(text))), most, "tokens"

@@ -20,7 +20,7 @@ class Review:
     def __init__(self, dataset: str | Path, size: int = 448):
         self.edits, self.size, self.here = Edits(dataset), size, 0
         self.filling = False  # True while code, not the user, sets the caption
-        wide = widgets.Layout(width="min(100%, 736px)")
+        wide = widgets.Layout(width="min(calc(100% - 8px), 736px)")
         self.picture, self.status = widgets.HTML(layout=widgets.Layout(width="100%")), widgets.HTML()
         self.caption = widgets.Textarea(description="caption", rows=3, layout=wide, style={"description_width": "64px"},
                                         placeholder="what the picture shows")  # fmt: skip
