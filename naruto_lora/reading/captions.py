@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .. import files
 
-FILE = "captions.jsonl"
+FILE = "captions.jsonl"  # hidden beside parquet: the `datasets` library would read it as a table
 YOU, NO_WORDS = "you", "none"  # `by`: written in the review; the mode in which every caption is empty
 
 
@@ -31,7 +31,11 @@ class Missing:
 def place(dataset: str | Path) -> Path:
     """The file with the captions of a data set: where it is, or else where it can be written."""
     path = Path(dataset).expanduser()
-    own = path / FILE if path.is_dir() else path.with_name(f"{path.name}.{FILE}") if path.is_file() else None
+    own = None
+    if path.is_dir():
+        own = path / (f".{FILE}" if next(path.rglob("*.parquet"), None) else FILE)
+    elif path.is_file():
+        own = path.with_name(f"{path.name}.{FILE}")
     key = hashlib.sha256(str(path.resolve() if own else dataset).encode()).hexdigest()[:16]
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     other = Path(root, "naruto_lora", "captions", f"{key}.jsonl")
@@ -91,11 +95,14 @@ def apply(examples: list, dataset: str | Path, captioned: bool = True) -> list:
     A caption that is kept as empty makes an example `wordless`. Raises ValueError for an example without a caption;
     with `captioned` False it is `wordless` too.
     """
-    kept, found = Captions(dataset), []
+    kept = [line for line in Captions(dataset).rows.values() if line["here"]]
+    texts, names = {_key(line): line["text"] for line in kept}, {line["file_name"] for line in kept}
+    found = []
     for example in examples:
-        line = kept.get(example)
-        if line and line["here"]:
-            example = replace(example, caption=line["text"], wordless=not line["text"].strip())
+        text = texts.get((example.name, short(example))) if example.name in names else None  # else no bytes are read
+        if text is not None:
+            known, example = example, replace(example, caption=text, wordless=not text.strip())
+            example.__dict__["digest"] = known.digest  # not to be read again
         elif not captioned and (isinstance(example.caption, Missing) or is_empty(example.caption)):
             example = replace(example, caption="", wordless=True)
         elif isinstance(example.caption, Missing):
