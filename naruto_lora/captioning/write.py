@@ -27,6 +27,7 @@ class Report:
     mode: str
     pictures: int
     made: int = 0  # captions written now
+    here: int = 0  # of them, those that only `file` can take
     replaced: int = 0  # of them, in place of a caption that was there before; it is kept as `before`
     yours: int = 0  # captions that were there and stay
     earlier: int = 0  # captions made by an earlier call
@@ -39,12 +40,14 @@ class Report:
         if self.mode == "none":
             return f"all {self.pictures:,} pictures are used without captions; those in your files stay there, unread"
         texts = [f"{self.made:,} of {self.pictures:,} captions written by {self.captioner}"]
+        if self.here:
+            texts[0] += f" into '{self.file}'"
         if self.replaced:
-            texts.append(f"{self.replaced:,} of them replace yours, which are kept in {self.file.name}")
+            texts.append(f"{self.replaced:,} in place of yours (kept in {self.file.name} as `before`)")
         if self.earlier:
-            texts.append(f"{self.earlier:,} were written before")
+            texts.append(f"{self.earlier:,} written before")
         if self.yours:
-            texts.append(f"{self.yours:,} are yours and stay")
+            texts.append(f"{self.yours:,} of your own left as they are")
         if self.cleaned:
             common = ", ".join(f"'{words}' {count} times" for words, count in self.lost.most_common(3))
             texts.append(f"{self.cleaned:,} lost words that name a style ({common})")
@@ -122,6 +125,7 @@ def _write(todo: list[data.Example], places: Places, report: Report, prefix: str
                 before = before.get("before", "") if before else example.caption
                 rows.append(places.write(example, prefixed(prefix, text), report.captioner, before, prefix=prefix))
                 report.made += 1
+                report.here += rows[-1]["here"]
                 report.replaced += bool(example.caption and before)
                 report.cleaned += bool(lost)
                 report.lost.update(set(lost))

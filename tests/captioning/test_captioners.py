@@ -10,6 +10,7 @@ import tiny_captioners
 import torch
 from PIL import Image
 
+from naruto_lora import hub
 from naruto_lora.captioning import captioners
 
 PICTURES = [Image.effect_noise((50, 40 + 9 * k), 60 + 20 * k).convert("RGB") for k in range(3)]
@@ -126,6 +127,22 @@ def test_a_captioner_that_is_none_is_named(name, kind, said):
     assert "\n" not in str(caught.value)
 
 
+def test_a_hub_model_is_downloaded_without_pickles_and_loaded_from_its_folder(folders, monkeypatch):
+    asked, there = [], []
+
+    def folder(repository, kind):
+        if not there:
+            raise FileNotFoundError
+        return folders("blip")
+
+    monkeypatch.setattr(hub, "folder", folder)
+    monkeypatch.setattr(hub.Download, "run", lambda download, show: asked.append(download) or there.append(True))
+    assert captioners.load("blip").name == "blip" and captioners.load("blip").describe(PICTURES)
+    (download,) = asked  # the second time it is here
+    assert (download.repository, download.kind) == ("Salesforce/blip-image-captioning-large", "model")
+    assert {"config.json", "model.safetensors"} <= set(download.names) and not any("bin" in n for n in download.names)
+
+
 def test_a_folder_of_another_model_is_named(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no captioner: it has no config.json; choose another"):
         captioners.load(base)
@@ -134,10 +151,11 @@ def test_a_folder_of_another_model_is_named(base, tmp_path):
         captioners.load(str(tmp_path))
 
 
-def test_a_tagger_without_timm_says_what_to_install(folders, monkeypatch):
+def test_a_tagger_without_timm_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
+    (tmp_path / "config.json").write_text('{"architecture": "convnext_atto", "num_classes": 6}')
     with pytest.raises(ValueError, match="needs the package timm, which is not here; run: pip install timm"):
-        captioners.load(str(folders("tagger")))
+        captioners.load(str(tmp_path))
 
 
 def test_a_module_of_ones_own_is_a_captioner(monkeypatch):

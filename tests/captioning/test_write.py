@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import weakref
 import zipfile
 
 import numpy as np
@@ -61,8 +62,8 @@ def test_missing_captions_are_written_beside_the_pictures_without_words_of_style
     assert texts(folder) == {"a.png": "40 men", "b.png": "my own", "deep/c.png": "42 men"}
     assert (folder / "deep" / "c.txt").read_text() == "42 men" and (folder / "b.txt").read_text() == "my own"
     assert (report.made, report.yours, report.cleaned) == (2, 1, 2)
-    assert str(report) == ("2 of 3 captions written by blip; 1 are yours and stay; 2 lost words that name a style "
-                           "('an anime drawing of' 2 times)")  # fmt: skip
+    assert str(report) == ("2 of 3 captions written by blip; 1 of your own left as they are; 2 lost words that name "
+                           "a style ('an anime drawing of' 2 times)")  # fmt: skip
     assert [(row["file_name"], row["by"], row["here"]) for row in lines(folder / captions.FILE)] == [
         ("a.png", "blip", False), ("deep/c.png", "blip", False)]  # fmt: skip
     model.calls.clear()
@@ -134,9 +135,10 @@ def test_a_zips_captions_lie_beside_it_or_in_the_cache(tmp_path, model, monkeypa
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: writable and access(path, mode))
     before = archive.read_bytes()
-    write.caption(str(archive))
+    said = str(write.caption(str(archive)))
     beside = tmp_path / "my set.zip.captions.jsonl"
     assert beside.is_file() == writable and archive.read_bytes() == before
+    assert f"written by blip into '{captions.place(archive)}'; 1 of your own" in said
     assert texts(str(archive)) == {"a.png": "40 men", "b.png": "my own", "deep/c.png": "42 men"}
     write.caption(str(archive), mode="all")
     assert texts(archive)["b.png"] == "41 men"
@@ -220,6 +222,23 @@ def test_large_pictures_reach_a_captioner_reduced(tmp_path, monkeypatch):
     Image.new("RGB", (3000, 500)).save(tmp_path / "wide.png")
     write.caption(tmp_path, "x")
     assert seen[0].size == (1024, 171)
+
+
+def test_a_captioner_is_freed_before_training(tmp_path, monkeypatch):
+    class Model:
+        def describe(self, batch):
+            return ["a man"] * len(batch)
+
+    models = []
+
+    def load(name, show=None):
+        model = Model()
+        models.append(weakref.ref(model))
+        return captioners.Captioner(name, model.describe)
+
+    monkeypatch.setattr(captioners, "load", load)
+    write.caption(pictures(tmp_path))
+    assert len(models) == 1 and models[0]() is None
 
 
 def test_an_unknown_mode_is_named(tmp_path):
