@@ -19,11 +19,12 @@ class Places:
     """Writes captions of a data set's `examples`, one by one, each whole or not at all."""
 
     def __init__(self, dataset: str | Path, examples: Iterable):
-        folder = Path(dataset).expanduser()
-        self.folder = folder if folder.is_dir() else None
+        folder = Path(os.path.abspath(os.path.expanduser(dataset)))
+        table = folder.is_dir() and next(folder.rglob("*.parquet"), None)  # whose captions are in it
+        self.folder = folder if folder.is_dir() and not table else None
         self.kept = captions.Captions(dataset)
-        sources = [Path(e.source) for e in examples if self.folder and not isinstance(e.source, bytes)]
-        self.stems = collections.Counter(source.with_suffix("") for source in sources)
+        sources = [self._file(example) for example in examples]
+        self.stems = collections.Counter(source.with_suffix("") for source in sources if source)
 
     def write(self, example, text: str, by: str, before: str = "", **more) -> dict:
         """Writes a caption where the reader finds it; returns its line for `kept.put`. Raises OSError.
@@ -38,22 +39,30 @@ class Places:
         """Takes a caption away, so that the picture has none. Raises OSError."""
         if self.kept.get(example):
             self.kept.rewrite([row for row in self.kept.rows.values() if row != self.kept.get(example)])
-        if self.folder is None or isinstance(example.source, bytes):
+        if (file := self._file(example)) is None:
             return
-        if (listing := self._listing(example.source)) is not None and listing.suffix == ".jsonl":
-            _into_metadata(listing, example.source, "")
-        elif self.stems[example.source.with_suffix("")] == 1:
-            _beside(example.source).unlink(missing_ok=True)
+        if (listing := self._listing(file)) is not None:
+            if listing.suffix == ".jsonl":
+                _into_metadata(listing, file, "")
+        elif self.stems[file.with_suffix("")] == 1:
+            _beside(file).unlink(missing_ok=True)
+
+    def _file(self, example) -> Path | None:
+        """The example's file if the data set is a folder of pictures; None for a table, a zip or a hub id."""
+        if self.folder is None or isinstance(example.source, bytes):
+            return None
+        return Path(os.path.abspath(example.source))
 
     def _write(self, example, text: str) -> bool:
         """Whether the data set's own files took the caption."""
-        if self.folder is None or isinstance(example.source, bytes) or not os.access(example.source.parent, os.W_OK):
+        file = self._file(example)
+        if file is None or not os.access(file.parent, os.W_OK):
             return False
-        if (listing := self._listing(example.source)) is not None:
-            return listing.suffix == ".jsonl" and _into_metadata(listing, example.source, text)
-        if self.stems[example.source.with_suffix("")] > 1:  # 'a.png' and 'a.jpg' would share 'a.txt'
+        if (listing := self._listing(file)) is not None:
+            return listing.suffix == ".jsonl" and _into_metadata(listing, file, text)
+        if self.stems[file.with_suffix("")] > 1:  # 'a.png' and 'a.jpg' would share 'a.txt'
             return False
-        files.replace(_beside(example.source), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        files.replace(_beside(file), lambda temporary: temporary.write_text(text, encoding="utf-8"))
         return True
 
     def _listing(self, picture: Path) -> Path | None:

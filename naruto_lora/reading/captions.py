@@ -72,10 +72,11 @@ class Captions:
 
     def rewrite(self, rows: Iterable[dict]) -> None:
         """Replaces all lines. Raises OSError."""
-        self.rows = {_key(row): row for row in rows}
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows.values())
+        rows = {_key(row): row for row in rows}
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values())
         self.file.parent.mkdir(parents=True, exist_ok=True)
         files.replace(self.file, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        self.rows = rows
 
 
 def row(example, text: str, by: str, here: bool, before: str = "") -> dict:

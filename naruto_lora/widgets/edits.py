@@ -31,7 +31,7 @@ class Edits:
         if text == (self.texts[index] or ""):
             return
         old = self.texts[index]
-        self._save(index, text)
+        self._save({index: text})
         if self.typing != index:
             self.before.append({index: old})
         self.typing = index
@@ -54,8 +54,7 @@ class Edits:
         self.leave()
         if not self.before:
             return []
-        for index, text in self.before[-1].items():
-            self._save(index, text)
+        self._save(self.before[-1])
         return list(self.before.pop())
 
     def missing(self) -> list[int]:
@@ -64,24 +63,34 @@ class Edits:
 
     def _change(self, new: dict[int, str]) -> list[int]:
         self.leave()
-        done: dict[int, str | None] = {}
+        old = {index: self.texts[index] for index in new}
         try:
-            for index, text in new.items():
-                old = self.texts[index]
-                self._save(index, text)
-                done[index] = old
+            self._save(new)
         finally:  # what was saved before an error can be undone
-            if done:
+            if done := {index: text for index, text in old.items() if self.texts[index] != text}:
                 self.before.append(done)
         return list(done)
 
-    def _save(self, index: int, text: str | None) -> None:
-        example, kept = self.examples[index], self.places.kept
-        if text is None:
-            self.places.remove(example)
-        else:
-            row, known = self.places.write(example, text, captions.YOU), kept.get(example)
-            if row["here"] or known is None or known["here"] or known["by"] != captions.YOU:
-                before = (known or {}).get("before")  # what a captioner replaced stays known
-                kept.rewrite([*kept.rows.values(), row | ({"before": before} if before else {})])
-        self.texts[index] = text
+    def _save(self, new: dict[int, str | None]) -> None:
+        """Writes captions where the reader finds them; one line a caption, appended at once."""
+        kept, rows, old = self.places.kept, [], list(self.texts)
+        try:
+            for index, text in new.items():
+                example = self.examples[index]
+                if text is None:
+                    self.places.remove(example)
+                else:
+                    row, known = self.places.write(example, text, captions.YOU), kept.get(example)
+                    if row["here"] or known is None or known["here"] or known["by"] != captions.YOU:
+                        before = (known or {}).get("before")  # what a captioner replaced stays known
+                        rows.append(row | ({"before": before} if before else {}))
+                self.texts[index] = text
+        finally:
+            try:
+                if len(rows) == 1:  # typing: the file does not grow with each letter
+                    kept.rewrite([*kept.rows.values(), *rows])
+                elif rows:
+                    kept.put(rows)
+            except OSError:
+                self.texts = old
+                raise

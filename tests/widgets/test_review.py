@@ -120,7 +120,7 @@ def test_the_next_without_a_caption_and_a_caption_undone_to_none(folder):
         data.load(folder)
 
 
-def test_a_zip_is_reviewed_beside_it(folder, tmp_path_factory):
+def test_a_zip_is_reviewed_beside_it(folder, tmp_path_factory, monkeypatch):
     archive = tmp_path_factory.mktemp("zip") / "my.zip"
     with zipfile.ZipFile(archive, "w") as zipped:
         for file in folder.iterdir():
@@ -130,6 +130,16 @@ def test_a_zip_is_reviewed_beside_it(folder, tmp_path_factory):
     assert loaded(archive)["a.png"] == "mine" and archive.with_name("my.zip.captions.jsonl").is_file()
     review.undo.click()
     assert loaded(archive)["a.png"] == "a red a"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        review.caption.value = "again"
+        assert "can't be saved" in said(review) and loaded(archive)["a.png"] == "a red a"
+    review.edits.type(0, "again")  # not taken for saved
+    assert loaded(archive)["a.png"] == "again"
+
+
+def full(*_):
+    raise OSError(28, "No space left on device")
 
 
 def test_what_a_person_wrote_here_no_captioner_replaces(folder, monkeypatch):
@@ -146,10 +156,6 @@ def test_what_a_person_wrote_here_no_captioner_replaces(folder, monkeypatch):
 
 def test_a_full_disk_is_said_and_nothing_is_lost(folder, monkeypatch):
     review = Review(folder)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         review.caption.value = "a long text"
