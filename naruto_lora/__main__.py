@@ -11,6 +11,7 @@ from . import recipe as recipes
 from .progress import Progress
 
 PROGRAM = "python -m naruto_lora"
+NAMED = 20  # pictures with a fault that `look` lists
 STATUS = "Exit status: 0; 1 if something is missing or wrong, with one line that says what; 2 for a wrong option."
 
 
@@ -166,8 +167,10 @@ def _look(options) -> None:
     found = faults.find(examples, options.resolution, base=options.base)
     print(report.table(faults.rows(found, len(examples))))
     for fault in found:
-        if fault.examples:
-            print(f"\n{fault.what}: {fault.mend}", *fault.names(), sep="\n  ")
+        names = fault.names()
+        if names:
+            more = [f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else []
+            print(f"\n{fault.what}: {fault.mend}", *names[:NAMED], *more, sep="\n  ")
     if options.sheet:
         suspects.sheet(found).save(options.sheet, quality=90)
         print(f"\n{options.sheet}")

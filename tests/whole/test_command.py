@@ -108,7 +108,8 @@ def test_captions_are_written_and_looked_at(pictures, base, tmp_path, capsys, mo
     assert command.main(looked) == 0
     said = capsys.readouterr().out
     assert re.search(r"the same picture again +1 of 25 +again.png \(as 0003.png\)", said)
-    assert "the same picture again: keep one of them" in said and "a picture without a caption" in said
+    assert "the same picture again: keep one of them" in said
+    assert "\n  0019.png ('ohwx', as in 23 others)\n  and 4 more\n" in said and "a picture without a caption" in said
     assert Image.open(sheet).width > 1000 and said.splitlines()[-1] == str(sheet)
     assert command.main(["caption", str(folder), "--mode", "some"]) == 1
     assert capsys.readouterr().err == "stopped: the mode 'some' is unknown: choose missing, all, none\n"
