@@ -19,7 +19,10 @@ EVERY = 15  # steps between measurements
 
 
 def curve(options, pictures: int, steps: int) -> dict:
-    """{"pictures": trained on, "loss": {step: mean hold-out loss}, "best": step}."""
+    """{"pictures": trained on, "best": step, "loss": {step: mean hold-out loss}, "reached"}.
+
+    A best step within the last two measurements is only a lower bound: it is not `reached`.
+    """
     folder = world.write_dataset(options.out / f"set-{pictures}", pictures + options.held, seed=4, size=64)
     made = recipe.Recipe(
         f"of-{pictures}", (recipe.Leg(steps, options.lr),), resolution=64, batch=8, accumulation=1, precision="fp32",
@@ -28,11 +31,15 @@ def curve(options, pictures: int, steps: int) -> dict:
     )  # fmt: skip
     record = train.train(made, options.out / made.name, options.out / "cache")
     losses = {int(step): float(np.mean(values)) for step, values in record["holdout"].items()}
-    return {"pictures": pictures, "best": min(losses, key=losses.get), "loss": losses}
+    best = min(losses, key=losses.get)
+    reached = best + 2 * EVERY < max(losses)
+    return {"pictures": record["pictures"]["training"], "best": best, "reached": reached, "loss": losses}
 
 
-def power(rows: list[dict]) -> float:
-    """a in best ~ pictures**a, by least squares in logarithms."""
+def power(rows: list[dict]) -> float | None:
+    """a in best ~ pictures**a, by least squares in logarithms; None unless every best step was reached."""
+    if len(rows) < 2 or not all(row["reached"] for row in rows):
+        return None
     return float(np.polyfit(*(np.log([row[name] for row in rows]) for name in ("pictures", "best")), 1)[0])
 
 

@@ -3,8 +3,12 @@
 import io
 import json
 import os
+import subprocess
+import sys
+import time
 import weakref
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +164,24 @@ def test_a_killed_call_goes_on_where_it_stopped(tmp_path, model, monkeypatch):
     report = write.caption(folder, mode="all")
     assert (report.made, report.earlier, sum(model.calls)) == (3, 4, 3) and len(texts(folder)) == 7
     assert len(captions.Captions(folder)) == 7
+
+
+def test_a_kill_leaves_whole_captions_and_the_next_call_does_the_rest(tmp_path):
+    slow = "import time\ndef describe(batch):\n    time.sleep(.5)\n    return ['a man'] * len(batch)\n"
+    (tmp_path / "slow.py").write_text(slow)
+    folder = pictures(tmp_path / "set", names=[f"{k:02d}.png" for k in range(70)])
+    code = f"from naruto_lora.captioning import write; print(write.caption({str(folder)!r}, 'slow').made)"
+    path = os.pathsep.join([str(tmp_path), str(Path(write.__file__).parents[2])])
+    run = [sys.executable, "-c", code]
+    process = subprocess.Popen(run, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(folder.glob("*.txt")):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    done = [file.read_text() for file in folder.glob("*.txt")]
+    assert 0 < len(done) < 70 and set(done) == {"a man"}
+    said = subprocess.run(run, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert int(said.stdout.splitlines()[-1]) == 70 - len(done) and set(texts(folder).values()) == {"a man"}
 
 
 def test_a_mirror_brings_captions_to_another_machine_without_a_captioner(tmp_path, model):
