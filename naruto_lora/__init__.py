@@ -24,7 +24,8 @@ OFFERED = {  # name: its module
 }  # fmt: skip
 MODULES = (
     "cache", "checkpoint", "data", "files", "gallery", "hub", "lora", "models", "pipeline", "progress", "recipe",
-    "session", "step", "train", "adapters", "colab", "disk", "measure", "memory", "reading", "show", "tiny", "widgets",
+    "session", "step", "train", "adapters", "captioning", "colab", "disk", "measure", "memory", "reading", "show",
+    "tiny", "widgets",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from . import recipe as recipes
 from .progress import Progress, plain
 
 PROGRAM = "python -m naruto_lora"
+NAMED = 20  # pictures with a fault that `look` lists
 STATUS = "Exit status: 0; 1 if something is missing or wrong, with one line that says what; 2 for a wrong option."
 
 
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog=PROGRAM, description="Give Stable Diffusion XL a style, on one small GPU.",
         epilog=f"{PROGRAM} VERB --help lists a verb's options. {STATUS}")  # fmt: skip
     verbs = parser.add_subparsers(metavar="VERB", dest="verb")
-    for add in (_add_train, _add_draw):
+    for add in (_add_train, _add_draw, _add_caption, _add_look):
         add(verbs)
     options = parser.parse_args(arguments)
     if options.verb is None:
@@ -124,6 +125,57 @@ def _loras(given: list[list[str]]) -> tuple[dict[str, str | Path], dict[str, flo
             raise ValueError(f"--lora needs a path and one strength, such as '{path} 0.8', not {strength}") from None
         paths[name] = path
     return paths, strengths
+
+
+def _add_caption(verbs) -> None:
+    about = "write captions for the pictures that have none"
+    parser = verbs.add_parser("caption", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=STATUS)
+    add = parser.add_argument
+    add("dataset", metavar="DATA", help="a folder or .zip of pictures, or a hub id")
+    add("--captioner", default="blip", metavar="NAME",
+        help="blip, florence-2 or wd (tags; needs timm), a hub id or a folder (default: blip)")
+    add("--mode", default="missing", metavar="MODE",
+        help="missing; all: also in place of captions that are there; none: use no captions (default: missing)")
+    add("--prefix", default="", metavar="TEXT", help="the start of each new caption, such as a trigger word")
+    add("--drop", action="append", default=[], metavar="WORDS",
+        help="words to take out of new captions, besides those that name a style; can be repeated")
+    parser.set_defaults(run=_caption)
+
+
+def _caption(options) -> None:
+    from .captioning import write
+
+    print(write.caption(options.dataset, options.captioner, options.mode, options.prefix, Progress(),
+                        drop=tuple(options.drop)))  # fmt: skip
+
+
+def _add_look(verbs) -> None:
+    about = "list what in a set of pictures may spoil a LoRA"
+    parser = verbs.add_parser("look", help=about, description=f"{about[0].upper()}{about[1:]}.", epilog=STATUS)
+    add = parser.add_argument
+    add("dataset", metavar="DATA", help="a folder or .zip of pictures, or a hub id")
+    add("--resolution", type=int, default=1024, metavar="PX", help="the training resolution (default: 1024)")
+    add("--base", default="", metavar="MODEL", help="count captions in the tokens of this SDXL: a hub id or a folder")
+    add("--sheet", type=Path, metavar="FILE", help="also save the pictures in question as one .jpg")
+    parser.set_defaults(run=_look)
+
+
+def _look(options) -> None:
+    from . import data
+    from .reading import faults
+    from .show import report, suspects
+
+    examples = data.load(options.dataset, captioned=False)
+    found = faults.find(examples, options.resolution, base=options.base)
+    print(report.table(faults.rows(found, len(examples))))
+    for fault in found:
+        names = fault.names()
+        if names:
+            more = [f"and {len(names) - NAMED:,} more"] if len(names) > NAMED else []
+            print(f"\n{fault.what}: {fault.mend}", *names[:NAMED], *more, sep="\n  ")
+    if options.sheet:
+        suspects.sheet(found).save(options.sheet, quality=90)
+        print(f"\n{options.sheet}")
 
 
 if __name__ == "__main__":

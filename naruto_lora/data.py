@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from . import hub
-from .reading import archive, folder, picture, table
+from .reading import archive, captions, folder, picture, table
 from .reading.faults import look as look
 from .reading.folder import SUFFIXES
 from .reading.picture import crop
@@ -35,6 +35,7 @@ class Example:
     caption: str
     source: Path | bytes
     mirrored: bool = False
+    wordless: bool = False  # its caption is empty on purpose
 
     def read(self) -> bytes:
         """The compressed picture. Raises FileNotFoundError if its file is no longer there."""
@@ -60,7 +61,7 @@ class Example:
         """Raises ValueError for a picture that can't be decoded, or a caption that is empty or not text."""
         if not isinstance(self.caption, str):
             raise ValueError(f"the caption of {self.name!r} is not text but {reprlib.repr(self.caption)}; make it text")
-        if not self.caption.replace("\0", "").strip():
+        if captions.is_empty(self.caption) and not self.wordless:
             raise ValueError(f"the caption of {self.name!r} is empty; write what the picture shows, or remove it")
         self._readable(picture.check)
 
@@ -72,36 +73,35 @@ class Example:
             raise ValueError(f"the picture {self.name!r} can't be read ({error!s:.99}); replace or remove it") from None
 
 
-def load(dataset: str | Path) -> list[Example]:
+def load(dataset: str | Path, captioned: bool = True) -> list[Example]:
     """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one, or a hub id.
 
-    Checks each picture and caption. Raises FileNotFoundError for a missing folder or hub data set, ValueError for the
-    first thing that is wrong inside.
+    Checks each picture and caption; with `captioned` False a picture may lack its caption. Raises FileNotFoundError for
+    a missing folder or hub data set, ValueError for the first thing that is wrong inside.
     """
     if not str(dataset).strip():
         raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
     place = Path(os.path.expanduser(dataset))
     if place.suffix.lower() == ".zip":
         with archive.unpacked(place) as unpacked:
-            return _load(dataset, unpacked)
-    return _load(dataset, place)
+            return _load(dataset, unpacked, captioned)
+    return _load(dataset, place, captioned)
 
 
-def _load(dataset: str | Path, place: Path) -> list[Example]:
+def _load(dataset: str | Path, place: Path, captioned: bool) -> list[Example]:
     if place.is_dir():
         rows = table.read(str(place)) if list(place.rglob("*.parquet")) else folder.read(place)
     elif isinstance(dataset, str) and hub.is_id(dataset):
         rows = table.read(dataset)
     else:
         raise FileNotFoundError(f"the data set folder '{dataset}' does not exist; check the path, or use a hub id")
-    examples = [Example(*row) for row in rows]
+    examples = captions.apply([Example(*row) for row in rows], dataset, captioned)
     if not examples:
         raise ValueError(
             f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES)} files, each with a caption"
         )
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(Example.check, examples):  # raises for the first bad one
-            pass
+        deque(pool.map(Example.check, examples), maxlen=0)  # raises for the first bad one
     return examples
 
 

@@ -272,23 +272,3 @@ def test_a_fingerprint_changes_with_pictures_captions_and_their_order(examples):
     assert re.fullmatch("[0-9a-f]{16}", data.fingerprint([first]))
     prints = [data.fingerprint(rows) for rows in ([first, second], [second, first], [other, second], [first])]
     assert len(set(prints)) == 4 and data.fingerprint([moved, second]) == prints[0]
-
-
-def test_faults_of_a_data_set_are_counted(tmp_path):
-    def made(name, size, caption, colour="red"):
-        Image.new("RGB", size, colour).save(tmp_path / f"{name}.png")
-        (tmp_path / f"{name}.txt").write_text(caption)
-
-    made("a", (64, 64), "a boat")
-    made("b", (64, 64), "a boat")  # the same picture and caption
-    made("c", (32, 64), "a long boat", "blue")  # small and narrow
-    made("d", (80, 80), "word " * 60, "green")
-    counts = {row["what"].split(":")[0]: (row["pictures"], row["for example"])
-              for row in data.look(data.load(tmp_path), 64)}
-    assert counts == {
-        "smaller than 64 px": ("1 of 4", "c.png"),
-        "a third or more is cropped away": ("1 of 4", "c.png"),
-        "the same picture again": ("1 of 4", "b.png"),
-        "a caption that others have too": ("2 of 4", "a.png"),
-        "a caption of 60 words or more": ("1 of 4", "d.png"),
-    }

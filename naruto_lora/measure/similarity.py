@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..reading.alike import dhash as dhash
 from .metrics import Figure, mean, student
 
 SIGMA, SCALE = 10.0, 1000.0  # CMMD's kernel width, and the factor that makes its values readable
@@ -185,15 +186,3 @@ def _nearer(own: np.ndarray, control: np.ndarray) -> tuple[int, float]:
 def _chance(near: int, drawn: int, held: int) -> float:
     """P(the `near` smallest of `drawn` + `held` exchangeable values are all drawn ones): C(n, k) / C(n + h, k)."""
     return math.comb(drawn, near) / math.comb(drawn + held, near)
-
-
-def dhash(pictures) -> np.ndarray:
-    """(N, 64) bool, the 'difference hash': whether each of 8 x 8 places is brighter than its right neighbour.
-
-    Pictures whose hashes differ in few bits look nearly the same.
-    """
-    from PIL import Image
-
-    small = [np.asarray(p.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=int) for p in pictures]
-    pixels = np.stack(small)
-    return (pixels[:, :, 1:] < pixels[:, :, :-1]).reshape(len(small), 64)

@@ -8,13 +8,15 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
+from .captions import Missing
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a letter that JSON can hold
 Row = tuple[str, Any, Path | bytes]  # a picture's name, its caption (unchecked), its file or compressed bytes
 
 
 def read(folder: Path) -> list[Row]:
-    """(name, caption, file) of each picture in `folder`. Raises ValueError for one without a caption."""
+    """(name, caption, file) of each picture in `folder`; `captions.Missing` where there is no caption."""
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and _visible(p, folder))
     captions = _metadata(folder / "metadata.jsonl") if (folder / "metadata.jsonl").is_file() else None
     rows: list[Row] = []
@@ -23,7 +25,7 @@ def read(folder: Path) -> list[Row]:
         caption = captions.get(name) if captions is not None else _caption_beside(file)
         if caption is None:
             where = "in metadata.jsonl" if captions is not None else f"in '{file.with_suffix('.txt').name}' beside it"
-            raise ValueError(f"the picture {name!r} in '{folder}' has no caption; add one {where}")
+            caption = Missing(f"the picture {name!r} in '{folder}' has no caption; add one {where}")
         rows.append((name, caption, file))
     for name in sorted(set(captions or ()) - {name for name, *_ in rows}):
         raise ValueError(f"metadata.jsonl in '{folder}' names {name!r}, which is not there; add it or remove the line")

@@ -7,6 +7,8 @@ In the order to read it:
 - `album`: the folder that holds them
 - `ballot`: a blind vote between two models
 - `votes`: the votes on disk, and what they say
+- `review`: captions read, mended and replaced beside their pictures
+- `edits`: the captions on disk meanwhile, and what undoes a change
 
 Notebooks import it, and no other module of the package does.
 """

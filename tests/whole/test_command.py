@@ -1,5 +1,7 @@
 """`python -m naruto_lora`: its verbs, help and exit statuses; and the package's names in Python."""
 
+import re
+import shutil
 import subprocess
 import sys
 
@@ -83,7 +85,8 @@ def test_draw_draws_one_file_or_a_folder(base, trained, tmp_path, capsys):
     assert np.abs(np.asarray(Image.open(paths[0]), float) - np.asarray(Image.open(picture), float)).mean() > 1
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["draw", "--help"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["draw", "--help"], ["caption", "--help"],
+                                       ["look", "--help"], []])  # fmt: skip
 def test_help_names_every_verb_and_option_without_loading_anything(arguments):
     code = (
         "import sys; from naruto_lora.__main__ import main\n"
@@ -96,7 +99,29 @@ def test_help_names_every_verb_and_option_without_loading_anything(arguments):
     assert all(len(line) <= 100 for line in result.stdout.splitlines())
     assert "metavar" not in result.stdout and "==SUPPRESS==" not in result.stdout
     if len(arguments) < 2:
-        assert "train " in result.stdout and "draw " in result.stdout
+        assert all(f"{verb} " in result.stdout for verb in ("train", "draw", "caption", "look"))
+
+
+def test_captions_are_written_and_looked_at(pictures, base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = shutil.copytree(pictures, tmp_path / "set")
+    (folder / "metadata.jsonl").unlink()
+    written = ["caption", str(folder), "--captioner", "naruto_lora.tiny.captioner"]
+    assert command.main([*written, "--prefix", "ohwx", "--drop", "eyes"]) == 0
+    assert "24 of 24 captions written by naruto_lora.tiny.captioner" in capsys.readouterr().out
+    text = (folder / "0003.txt").read_text()
+    assert text.startswith("ohwx, ") and "hair" in text and "eyes" not in text
+    shutil.copy(folder / "0003.png", folder / "again.png")
+    sheet = tmp_path / "sheet.jpg"
+    looked = ["look", str(folder), "--resolution", "64", "--base", base, "--sheet", str(sheet)]
+    assert command.main(looked) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"the same picture again +1 of 25 +again.png \(as 0003.png\)", said)
+    assert "the same picture again: keep one of them" in said
+    assert "\n  0019.png ('ohwx', as in 23 others)\n  and 4 more\n" in said and "a picture without a caption" in said
+    assert Image.open(sheet).width > 1000 and said.splitlines()[-1] == str(sheet)
+    assert command.main(["caption", str(folder), "--mode", "some"]) == 1
+    assert capsys.readouterr().err == "stopped: the mode 'some' is unknown: choose missing, all, none\n"
 
 
 def test_an_unknown_verb_or_option_ends_with_2(capsys):

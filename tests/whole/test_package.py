@@ -18,7 +18,8 @@ FOLDER = Path(naruto_lora.__file__).parent
 MODULES = sorted(".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py"))
 HEAVY = ("diffusers", "transformers", "peft", "accelerate", "datasets", "matplotlib", "ipywidgets", "IPython",
          "huggingface_hub", "bitsandbytes", "pandas", "scipy", "torch._dynamo", "torch._inductor", "torchvision")
-LATE = ("widgets.viewer", "widgets.comparer", "widgets.ballot", "memory.adam", "__main__")  # heavy, imported when used
+LATE = ("widgets.viewer", "widgets.comparer", "widgets.ballot", "widgets.review", "memory.adam",
+        "__main__")  # heavy, imported when used
 
 
 def run(code, cwd):

@@ -1,5 +1,6 @@
 """The widgets in a real browser: JupyterLab under headless Chromium, clicked as a person does."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -46,10 +47,10 @@ BlindVote(Votes("votes.jsonl", drawn, [f"prompt {k}" for k in range(6)], ("base"
 ''']
 
 
-@pytest.fixture
-def lab(tmp_path):
-    """The address of a JupyterLab that serves one notebook with both widgets."""
-    cells = [nbformat.v4.new_code_cell(source.strip()) for source in CELLS]
+@contextlib.contextmanager
+def lab(tmp_path, sources):
+    """The address of a JupyterLab that serves one notebook of code cells."""
+    cells = [nbformat.v4.new_code_cell(source.strip()) for source in sources]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "try.ipynb")
     with socket.socket() as free:
@@ -80,22 +81,32 @@ def wait_for(address, server):
     raise AssertionError("JupyterLab does not answer")
 
 
-def run_all(page):
+def run_all(page, until="button:has-text('left (1)')"):
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     page.wait_for_selector("#jp-main-statusbar:has-text('Idle')", timeout=60_000)  # it runs nothing before that
     page.locator(".lm-MenuBar-item:has-text('Run')").click()
     page.click(".lm-Menu-item:has-text('Run All Cells')")
-    page.wait_for_selector("button:has-text('left (1)')", timeout=60_000)
+    page.wait_for_selector(until, timeout=60_000)
 
 
-def test_generate_stop_slide_vote_and_reload_the_votes(lab):
-    from playwright.sync_api import expect, sync_playwright
+@contextlib.contextmanager
+def opened(address):
+    """A page of a browser at `address`."""
+    from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 1600})
         page.set_default_timeout(30_000)
-        page.goto(lab)
+        page.goto(address)
+        yield page
+        browser.close()
+
+
+def test_generate_stop_slide_vote_and_reload_the_votes(tmp_path):
+    from playwright.sync_api import expect
+
+    with lab(tmp_path, CELLS) as address, opened(address) as page:
         run_all(page)
         said, votes = page.locator("[role=status]").first, page.locator("[role=status]").last
         generate, stop = (page.locator(f"button:has-text('{text}')").first for text in ("Generate", "Stop"))
@@ -144,4 +155,59 @@ def test_generate_stop_slide_vote_and_reload_the_votes(lab):
         run_all(page)
         expect(page.locator("[role=status]").last).to_contain_text("5 of 6", timeout=30_000)
         expect(page.locator("select:visible").filter(has_text="a prompt of my own")).to_have_count(1)
-        browser.close()
+
+
+REVIEW = '''
+from naruto_lora.widgets.review import Review
+
+Review("set").box
+'''
+
+
+def test_captions_are_edited_undone_and_there_after_a_reload(tmp_path):
+    from playwright.sync_api import expect
+
+    from naruto_lora.tiny import world
+
+    world.write_dataset(tmp_path / "set", count=5)
+    (tmp_path / "set" / "metadata.jsonl").unlink()
+    for k in range(4):
+        (tmp_path / "set" / f"{k:04d}.txt").write_text(f"caption number {k} of a man")
+    with lab(tmp_path, [REVIEW]) as address, opened(address) as page:
+        ready = "textarea[placeholder='what the picture shows']"
+        run_all(page, ready)
+        caption, said = page.locator(ready), page.locator("[role=status]")
+        expect(page.locator("img[alt='0000.png']")).to_be_visible()
+        caption.click()
+        for k in range(3):  # by keyboard alone: the caption, Tab to 'next', Enter, and back
+            page.keyboard.press("Control+a")
+            page.keyboard.type(f"my own {k}", delay=10)
+            expect(said).to_contain_text("Saved")
+            if k < 2:
+                page.keyboard.press("Tab")
+                page.keyboard.press("Enter")
+                expect(page.locator(f"img[alt='000{k + 1}.png']")).to_be_visible()
+                page.keyboard.press("Shift+Tab")
+        page.locator("button:has-text('undo')").click()
+        expect(caption).to_have_value("caption number 2 of a man")
+        page.locator("button:has-text('next without caption')").click()
+        expect(page.locator("img[alt='0004.png']")).to_be_visible()
+        expect(caption).to_have_value("")
+        for label, text in (("find", "own"), ("replace", "very own")):
+            page.get_by_label(label, exact=True).fill(text)
+        page.locator("button:has-text('replace in all')").click()
+        expect(said).to_contain_text("Replaced in 2 of 5 captions")
+        if os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=Path(os.environ["SCREENSHOTS"], "review.png"))
+        page.set_viewport_size({"width": 700, "height": 1600})
+        inner, outer = caption.bounding_box(), page.locator(".jp-OutputArea-output").first.bounding_box()
+        assert inner["x"] + inner["width"] <= outer["x"] + outer["width"] + 4
+        page.reload()
+        run_all(page, ready)
+        for k, text in enumerate(["my very own 0", "my very own 1", "caption number 2 of a man"]):
+            expect(page.locator(f"img[alt='000{k}.png']")).to_be_visible()
+            expect(caption).to_have_value(text)
+            page.locator("button:has-text('next ▶')").click()
+        if os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=Path(os.environ["SCREENSHOTS"], "review-narrow.png"))
+    assert (tmp_path / "set" / "0001.txt").read_text() == "my very own 1"
