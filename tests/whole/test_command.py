@@ -45,9 +45,9 @@ def test_an_error_is_one_line(tmp_path, capsys):
 
 
 def test_an_interrupt_and_a_name_that_steers_a_terminal_are_one_plain_line(tmp_path, capsys, monkeypatch):
-    assert command.main(["train", "no\x1b[31m\nsuch.json", "--out", str(tmp_path)]) == 1
+    assert command.main(["draw", "--prompts", "no\x1b[31m\nsuch.txt"]) == 1
     error = capsys.readouterr().err
-    assert "no [31m such.json" in error and "\x1b" not in error and error.count("\n") == 1
+    assert "no [31m such.txt" in error and "\x1b" not in error and error.count("\n") == 1
     monkeypatch.setattr(nl.recipe, "load", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     assert command.main(["train", "naruto-256", "--out", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "interrupted: the same command continues\n"
