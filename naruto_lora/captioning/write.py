@@ -35,6 +35,7 @@ class Report:
     cleaned: int = 0  # captions that lost such a phrase
     silent: list[str] = field(default_factory=list)  # pictures for which the captioner found no words
     file: Path | None = None  # which caption is whose
+    examples: list | None = field(default=None, repr=False)  # the whole set, if nothing had to be written
 
     def __str__(self) -> str:
         if self.mode == "none":
@@ -82,9 +83,23 @@ def caption(dataset: str | Path, captioner: str = "blip", mode: str = "missing",
         places.kept.put(row for row, example in zip(rows, examples, strict=True) if places.kept.get(example) != row)
     else:
         todo = [e for e in examples if _is_due(e, places, mode, report, prefix)]
+        report.examples = None if todo or report.earlier else examples
         _write(todo, places, report, prefix, show, drop)
     _share(dataset, mirror, show)
     return report
+
+
+def captioned(dataset: str | Path, captioner: str = "blip", mode: str = "missing", prefix: str = "", show=None,
+              mirror: str | Path | None = None) -> list[data.Example]:  # fmt: skip
+    """The examples of `dataset`, all captioned as `caption` does it, which says what it did. Raises what that raises.
+
+    Raises ValueError too for a picture that the captioner found no words for.
+    """
+    report = caption(dataset, captioner, mode, prefix, show, mirror)
+    if report.examples is None:
+        note(show, str(report))
+        return data.load(dataset)
+    return report.examples
 
 
 def _is_due(example: data.Example, places: Places, mode: str, report: Report, prefix: str) -> bool:

@@ -38,10 +38,15 @@ def _on_drive(path: Path) -> Path | None:
     return Path("/content/drive/MyDrive/naruto_lora") / path
 
 
+def begun(recipe, folder: Path, mirror: Path | None = None) -> dict | None:
+    """The state of the newest usable checkpoint of `recipe`'s run, here or in the mirror; None without one."""
+    newest = checkpoint.newest([place / recipe.name for place in (folder, mirror) if place], _Silent())
+    return checkpoint.read_state(newest) if newest else None
+
+
 def done(recipe, folder: Path, mirror: Path | None = None) -> int:
     """The step of the newest usable checkpoint of `recipe`'s run, here or in the mirror; 0 without one."""
-    newest = checkpoint.newest([place / recipe.name for place in (folder, mirror) if place], _Silent())
-    return checkpoint.step_of(newest) if newest else 0
+    return (begun(recipe, folder, mirror) or {"step": 0})["step"]
 
 
 def state(recipe, folder: Path, mirror: Path | None = None) -> str:
