@@ -16,10 +16,11 @@ import numpy as np
 from PIL import Image
 
 from . import hub
-from .reading import archive, folder, picture, table
+from .reading import archive, folder, picture, table, words
 from .reading.faults import look as look
 from .reading.folder import SUFFIXES
 from .reading.picture import crop
+from .reading.report import Found
 
 FEWEST = 3  # pictures to train on, and held out: fewer can't show style distance or copying
 THREADS = 2  # for decoding, in parallel because Pillow releases the GIL; Colab has two cores
@@ -59,7 +60,7 @@ class Example:
         """Raises ValueError for a picture that can't be decoded, or a caption that is empty or not text."""
         if not isinstance(self.caption, str):
             raise ValueError(f"the caption of {self.name!r} is not text but {reprlib.repr(self.caption)}; make it text")
-        if not self.caption.replace("\0", "").strip():
+        if words.is_empty(self.caption):
             raise ValueError(f"the caption of {self.name!r} is empty; write what the picture shows, or remove it")
         self._readable(picture.check)
 
@@ -71,24 +72,26 @@ class Example:
             raise ValueError(f"the picture {self.name!r} can't be read ({error!s:.99}); replace or remove it") from None
 
 
-def load(dataset: str | Path) -> list[Example]:
+def load(dataset: str | Path, show=None, found: Found | None = None) -> list[Example]:
     """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one, or a hub id.
 
-    Checks each picture and caption. Raises FileNotFoundError for a missing folder or hub data set, ValueError for the
-    first thing that is wrong inside.
+    Checks each picture and caption. `show.note` gets a line on each kind of thing that was left out; `found` is filled
+    in for `report.rows`. Raises FileNotFoundError for a missing folder or hub data set, ValueError for the first thing
+    that is wrong inside.
     """
+    found = Found() if found is None else found
     if not str(dataset).strip():
         raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
     place = Path(dataset).expanduser()
     if place.suffix.lower() == ".zip":
         with archive.unpacked(place) as unpacked:
-            return _load(dataset, unpacked)
-    return _load(dataset, place)
+            return _load(dataset, unpacked, found, show)
+    return _load(dataset, place, found, show)
 
 
-def _load(dataset: str | Path, place: Path) -> list[Example]:
+def _load(dataset: str | Path, place: Path, found: Found, show) -> list[Example]:
     if place.is_dir():
-        rows = table.read(str(place)) if list(place.rglob("*.parquet")) else folder.read(place)
+        rows = table.read(str(place)) if list(place.rglob("*.parquet")) else folder.read(place, found)
     elif isinstance(dataset, str) and hub.is_id(dataset):
         rows = table.read(dataset)
     else:
@@ -96,11 +99,12 @@ def _load(dataset: str | Path, place: Path) -> list[Example]:
     examples = [Example(*row) for row in rows]
     if not examples:
         raise ValueError(
-            f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES)} files, each with a caption"
+            f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES[:8])} ... files with captions"
         )
     with ThreadPoolExecutor(THREADS) as pool:
         for _ in pool.map(Example.check, examples):  # raises for the first bad one
             pass
+    found.tell(show)
     return examples
 
 

@@ -2,7 +2,12 @@
 
 `data.load` picks the reader; each reader gives rows of (name, caption, file or bytes). In the order to read it:
 
-- `folder`: a folder of pictures; captions in metadata.jsonl or in a .txt file beside each picture
+- `report`: what was found: pictures taken, what was left out and why, where captions came from
+- `folder`: a folder of pictures; captions in metadata files or in a text file beside each picture
+- `tree`: a folder's files and those of the folders inside it, links followed once
+- `metadata`: captions in metadata.jsonl and metadata.csv, matched with pictures
+- `names`: file names as different systems write them
+- `words`: text files, and whether what is in them is text
 - `archive`: a .zip of such a folder, unpacked once
 - `table`: parquet files, or a data set on the hub, read by the `datasets` library
 - `picture`: one picture from its bytes, of common formats alone: upright, in RGB, cropped; the buckets
@@ -10,5 +15,5 @@
 - `faults`: pictures and captions that may spoil a LoRA
 - `prompts`: prompts from a list or a file
 
-It imports `files` and `hub`. `data`, `cache`, `pipeline`, `gallery`, `show/` and `widgets/` import it.
+It imports `files`, `hub` and `progress`. `data`, `cache`, `pipeline`, `gallery`, `show/` and `widgets/` import it.
 """

@@ -78,4 +78,4 @@ def _from_row(number: int, row: dict, where: str, folder: str) -> Row:
                 f"{where} has no picture but names {path!r:.80}, which is no file in its folder; "
                 "store the picture's bytes"
             )
-    return name, "" if row["text"] is None else row["text"], content or b""
+    return Row(name, "" if row["text"] is None else row["text"], content or b"")
