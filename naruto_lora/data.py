@@ -35,6 +35,7 @@ class Example:
     caption: str
     source: Path | bytes
     mirrored: bool = False
+    repeats: int = 1  # how often it is among the training pictures
 
     def read(self) -> bytes:
         """The compressed picture. Raises FileNotFoundError if its file is no longer there."""
@@ -96,7 +97,7 @@ def _load(dataset: str | Path, place: Path, found: Found, show) -> list[Example]
         rows = table.read(dataset)
     else:
         raise FileNotFoundError(f"the data set folder '{dataset}' does not exist; check the path, or use a hub id")
-    examples = [Example(*row) for row in rows]
+    examples = [Example(row.name, row.caption, row.source, repeats=row.repeats) for row in rows]
     if not examples:
         raise ValueError(
             f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES[:8])} ... files with captions"
@@ -111,11 +112,11 @@ def _load(dataset: str | Path, place: Path, found: Found, show) -> list[Example]
 def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:
     """(training, hold-out) by each picture's bytes, so that new pictures in a set of a hundred or more move no others.
 
-    The hold-out is about a share `holdout` of the pictures, and at least FEWEST unless `holdout` is 0. Raises
-    ValueError if fewer than FEWEST are left to train on.
+    The hold-out is about a share `holdout` of the pictures, and at least FEWEST unless `holdout` is 0. A training
+    picture comes as often as it `repeats`. Raises ValueError if fewer than FEWEST are left to train on.
     """
     if holdout == 0:
-        return list(examples), []
+        return _repeated(examples), []
     places = [int.from_bytes(e.digest[:4]) / 16**8 for e in examples]
     least = max(holdout, sorted(places)[:FEWEST][-1] + 16**-9)
     held = [e for e, place in zip(examples, places, strict=True) if place < least]
@@ -123,7 +124,11 @@ def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[
     if len(train) < FEWEST:
         raise ValueError(f"with holdout {holdout:g}, {len(train)} of {len(examples)} pictures are left to train on, "
                          f"fewer than {FEWEST}: add pictures, or choose a recipe with holdout 0")
-    return train, held
+    return _repeated(train), held
+
+
+def _repeated(examples: list[Example]) -> list[Example]:
+    return [example for example in examples for _ in range(example.repeats)]
 
 
 def fingerprint(examples: list[Example]) -> str:

@@ -4,6 +4,7 @@
 
 - `report`: what was found: pictures taken, what was left out and why, where captions came from
 - `folder`: a folder of pictures; captions in metadata files or in a text file beside each picture
+- `kohya`: folders whose names say how often their pictures are trained
 - `tree`: a folder's files and those of the folders inside it, links followed once
 - `metadata`: captions in metadata.jsonl and metadata.csv, matched with pictures
 - `names`: file names as different systems write them

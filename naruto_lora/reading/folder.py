@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..hub import PICTURES as SUFFIXES
-from . import metadata, tree, words
+from . import kohya, metadata, tree, words
 from .report import Found
 
 TEXTS = (".txt", ".caption")  # endings of files with the caption of the picture beside them
@@ -16,30 +16,31 @@ OWN = ("captions.jsonl",)  # files that this package keeps in a data set
 
 
 class Row(NamedTuple):
-    """A picture's name, its caption (unchecked), its file or compressed bytes."""
+    """A picture's name, its caption (unchecked), its file or compressed bytes, and how often it is trained."""
 
     name: str
     caption: Any
     source: Path | bytes
+    repeats: int = 1
 
 
 def read(folder: Path, found: Found) -> list[Row]:
     """(name, caption, file) of each picture in `folder`. Raises ValueError for one without a caption."""
     files = tree.files(folder, found)
     pictures = [file for file in files if is_picture(file)]
-    known, beside, used = metadata.Metadata(folder, files, pictures, found), _texts(files), set(pictures)
+    known, beside = metadata.Metadata(folder, files, pictures, found), _texts(files)
+    texts = {file: _at(beside, file.with_suffix("")) + _at(beside, file) for file in pictures}
     rows: list[Row] = []
-    for file in pictures:
-        texts = beside.get(_composed(file.with_suffix("")), []) + beside.get(_composed(file), [])
-        caption, where = _caption(file, known, texts, found)
+    for file, repeats in kohya.repeats(folder, pictures, found).items():
+        caption, where = _caption(file, known, texts[file], found)
         if caption is None:
             where = f"in {known.files[0].name}" if known.files else f"in '{file.with_suffix('.txt').name}' beside it"
             raise ValueError(f"the picture {known.name(file)!r} in '{folder}' has no caption; add one {where}")
         found.captions[where] += 1
-        used.update(texts)
-        rows.append(Row(known.name(file), caption, file))
+        rows.append(Row(known.name(file), caption, file, repeats))
     known.check()
-    _leave([(file, known.name(file)) for file in files if file not in used and file not in known.files], found)
+    used = {*pictures, *known.files, *(text for file in pictures for text in texts[file])}
+    _leave([(file, known.name(file)) for file in files if file not in used], found)
     return rows
 
 
@@ -78,11 +79,16 @@ def _texts(files: list[Path]) -> dict[Path, list[Path]]:
     return beside
 
 
+def _at(beside: dict[Path, list[Path]], file: Path) -> list[Path]:
+    return beside.get(_composed(file), [])
+
+
 def _composed(file: Path) -> Path:
     return file.with_name(unicodedata.normalize("NFC", file.name))
 
 
 def _leave(files: list[tuple[Path, str]], found: Found) -> None:
+    named = found.named
     for file, name in files:
         suffix = file.suffix.lower()
         if file.name in OWN:
@@ -91,5 +97,5 @@ def _leave(files: list[tuple[Path, str]], found: Found) -> None:
             found.leave("text beside no picture", name)
         elif suffix in ARCHIVES:
             found.leave("an archive inside, which must be unpacked there", name)
-        elif name not in found.named:
+        elif name not in named:
             found.leave("neither a picture nor captions", name)

@@ -316,3 +316,54 @@ def test_names_are_shortened_so_that_pairs_stay_pairs():
     assert one.removesuffix(".png") == text.removesuffix(".txt") == both.removesuffix(".png.txt")
     assert len(one.encode()) < 255 and one.startswith("x/猫") and names.fitting("x/猫.png") == "x/猫.png"
     assert names.fitting(f"{long}1.png") != names.fitting(f"{long}2.png")
+
+
+def kohyas(folder: Path, first="10_style", second="4_more") -> None:
+    for place, some in ((first, ["a.png", "b.jpg"]), (second, ["c.png", "d.webp"])):
+        pictures(folder / place, some)
+        texts(folder / place, names=some)
+
+
+def test_kohyas_repeats_are_used_in_training_and_said(tmp_path):
+    kohyas(tmp_path / "img")
+    picture(tmp_path / "reg" / "1_person" / "a.png")
+    (tmp_path / "reg" / "1_person" / "a.txt").write_text("a person")
+    found, notes, about = load(tmp_path)
+    assert [caption for caption, _ in found] == sorted(CAPTIONS.values())
+    assert notes == [
+        "1 not taken, kohya's pictures of the class (reg), which a style doesn't need: reg/1_person/a.png",
+        "kohya's repeats are used, relative to each other: '10_style' 5, '4_more' 2; rename the folders to change that",
+    ]
+    examples = data.load(tmp_path, show=Notes())
+    train = data.split(examples, 0)[0]
+    assert [e.name for e in train] == [e.name for e in examples for _ in range(5 if "10_" in e.name else 2)]
+
+
+def test_a_held_out_picture_comes_once_and_never_in_training(tmp_path):
+    for n in range(12):
+        file = tmp_path / ("7_a" if n % 2 else "2_b") / f"{n}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (n, 0, 0)).save(file)
+        file.with_suffix(".txt").write_text(f"number {n}")
+    examples = data.load(tmp_path, show=Notes())
+    train, held = data.split(examples, 0.3)
+    assert len(held) == len({e.digest for e in held}) >= 3 and not {e.digest for e in held} & {e.digest for e in train}
+    for example in examples:
+        times = 7 if example.name.startswith("7_") else 2
+        assert train.count(example) == (0 if example in held else times)
+
+
+def test_equal_repeats_change_nothing(tmp_path, right):
+    kohyas(tmp_path / "set", "10_a", "10_b")
+    found, notes, _ = load(tmp_path / "set")
+    assert found == right
+    assert notes == ["kohya's repeats are the same for all pictures ('10_a', '10_b'), so each counts once"]
+    assert {e.repeats for e in data.load(tmp_path / "set", show=Notes())} == {1}
+
+
+@pytest.mark.parametrize("names", [("2023_summer", "2024_winter"), ("10_style", "others"), ("0_a", "5_b")])
+def test_other_numbers_are_no_repeats(tmp_path, right, names):
+    kohyas(tmp_path / "set", *names)
+    found, notes, _ = load(tmp_path / "set")
+    assert found == right and notes == []
+    assert {e.repeats for e in data.load(tmp_path / "set")} == {1}
