@@ -84,8 +84,8 @@ def load(dataset: str | Path, show=None, found: Found | None = None) -> list[Exa
     if not str(dataset).strip():
         raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
     place = Path(dataset).expanduser()
-    if place.suffix.lower() == ".zip":
-        with archive.unpacked(place) as unpacked:
+    if archive.is_read(place) and not place.is_dir():
+        with archive.unpacked(place, found) as unpacked:
             return _load(dataset, unpacked, found, show)
     return _load(dataset, place, found, show)
 

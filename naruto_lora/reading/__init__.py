@@ -9,7 +9,8 @@
 - `metadata`: captions in metadata.jsonl and metadata.csv, matched with pictures
 - `names`: file names as different systems write them
 - `words`: text files, and whether what is in them is text
-- `archive`: a .zip of such a folder, unpacked once
+- `archive`: a .zip or .tar of such a folder, unpacked once
+- `entries`: which files of an archive are unpacked, and under which names
 - `table`: parquet files, or a data set on the hub, read by the `datasets` library
 - `picture`: one picture from its bytes, of common formats alone: upright, in RGB, cropped; the buckets
 - `shape`: how much of the pictures a crop cuts away; squares or buckets

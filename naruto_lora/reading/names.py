@@ -24,24 +24,26 @@ def others(name: str) -> Iterator[str]:
 
     A zip that doesn't say how its names are written is read as cp437, so that '猫' in GBK becomes '├¿'.
     """
-    yield plain(fitting(plain(name)))
-    name = name.strip()
+    name = plain(name)
+    yield from (plain(fitting(name)), plain(fitting(name, last=True)))
     for encoding in ENCODINGS:
         for form in ("NFC", "NFD"):
             try:
                 read = unicodedata.normalize(form, name).encode(encoding).decode("cp437")
             except UnicodeError:
                 continue
-            yield plain(read)
-            yield plain(fitting(read))
+            yield from (plain(read), plain(fitting(read)), plain(fitting(read, last=True)))
 
 
-def fitting(name: str) -> str:
-    """The name with each part of more than LONGEST bytes shortened; files of one name and other endings stay together.
+def fitting(name: str, last: bool = False) -> str:
+    """The name with each part of more than LONGEST bytes shortened, and with `last` the last part in any case.
 
-    A shortened part ends in eight digits of its SHA-256, so that two long names stay two.
+    A shortened part ends in eight digits of its SHA-256 and its own ending, so that two long names stay two, and files
+    of one name and several endings stay together.
     """
-    return "/".join(_shortened(part) if _bytes(part) > LONGEST else part for part in name.split("/"))
+    *parts, end = name.split("/")
+    long = [*(_bytes(part) > LONGEST for part in parts), last or _bytes(end) > LONGEST]
+    return "/".join(_shortened(part) if cut else part for part, cut in zip([*parts, end], long, strict=True))
 
 
 def stem(name: str) -> str:

@@ -1,8 +1,11 @@
 """One reading of a data set, whatever its layout: each row builds one and must give the same captioned pictures."""
 
 import csv
+import io
 import json
+import tarfile
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -65,8 +68,9 @@ def load(folder: Path) -> tuple[list, list[str], report.Found]:
 
 
 @pytest.fixture
-def right(tmp_path):
+def right(tmp_path, monkeypatch):
     """What every layout of these pictures must give."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pictures(tmp_path / "plain")
     texts(tmp_path / "plain")
     found, notes, _ = load(tmp_path / "plain")
@@ -215,6 +219,147 @@ def a_link_to_a_folder_inside(folder):
     pictures(folder / "real")
     texts(folder / "real")
     (folder / "alias").symlink_to(folder / "real")
+
+
+class Named(zipfile.ZipInfo):
+    """A zip's entry whose name is in `encoding`, without the flag for UTF-8."""
+
+    encoding = ""
+
+    def _encodeFilenameFlags(self):
+        return (self.filename.encode(self.encoding), 0) if self.encoding else super()._encodeFilenameFlags()
+
+
+def zipped(folder: Path, names: dict[str, str], more=(), encoding="") -> Path:
+    """A zip of `folder` whose entries are {name in the zip: file}; `encoding` writes names without the UTF-8 flag."""
+    content = {name: (folder / file).read_bytes() for name, file in names.items()} | dict.fromkeys(more, b"junk")
+    file = folder.parent / "set.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, written in content.items():
+            entry = Named(name)
+            entry.encoding = encoding
+            archive.writestr(entry, written)
+    return file
+
+
+def captioned(folder: Path) -> dict[str, str]:
+    """Pictures and metadata.jsonl in `folder`, as {name: name}."""
+    pictures(folder)
+    rows(folder / "metadata.jsonl")
+    return {name: name for name in (*CAPTIONS, "metadata.jsonl")}
+
+
+ODD = {"猫がいる.png": "a.png", "表ソ.jpg": "b.jpg", "c.png": "c.png", "十能.webp": "d.webp"}  # some bytes are '\\'
+
+
+def oddly_named(folder: Path, encoding: str, odd=None, table=True) -> Path:
+    odd = odd or ODD
+    pictures(folder)
+    texts(folder)
+    rows(folder / "metadata.jsonl", odd)
+    inside = {f"my set/{name}": plain for name, plain in odd.items()}
+    if table:
+        return zipped(folder, inside | {"my set/metadata.jsonl": "metadata.jsonl"}, encoding=encoding)
+    ends = {f"my set/{name.rpartition('.')[0]}.txt": f"{plain[:1]}.txt" for name, plain in odd.items()}
+    return zipped(folder, inside | ends, encoding=encoding)
+
+
+@layout
+def a_zip_two_folders_deep(folder):
+    return zipped(folder, {f"content/x/{name}": name for name in captioned(folder)})
+
+
+@layout
+def a_zip_with_what_systems_leave(folder):
+    inside = {f"x/{name}": name for name in captioned(folder)}
+    return zipped(folder, inside, ["Thumbs.db", "x/.DS_Store", "__MACOSX/x/._a.png", ".DS_Store", "x/desktop.ini"])
+
+
+@layout
+def a_zip_with_backslashes(folder):
+    return zipped(folder, {f"pics\\{name}": name for name in captioned(folder)})
+
+
+@layout
+def a_zip_of_a_hidden_folder(folder):
+    return zipped(folder, {f".mine/{name}": name for name in captioned(folder)}, ["__MACOSX/._x"])
+
+
+@layout
+def a_zip_that_begins_with_a_point(folder):
+    return zipped(folder, {f"./{name}": name for name in captioned(folder)})
+
+
+@layout
+def a_zip_with_colons(folder):
+    odd = {"ratio 16:9, a boat.png": "a.png", "b: it.jpg": "b.jpg", "c.png": "c.png", "x:/d.webp": "d.webp"}
+    odd = odd | {"deep:er/d.webp": odd.pop("x:/d.webp")}
+    pictures(folder)
+    rows(folder / "metadata.jsonl", odd)
+    return zipped(folder, odd | {"metadata.jsonl": "metadata.jsonl"})
+
+
+@layout
+def a_japanese_zip(folder):
+    return oddly_named(folder, "cp932")
+
+
+@layout
+def a_japanese_zip_of_texts(folder):
+    return oddly_named(folder, "cp932", table=False)
+
+
+@layout
+def a_chinese_zip(folder):
+    return oddly_named(folder, "gbk")
+
+
+@layout
+def a_zip_in_utf_8_without_the_flag(folder):
+    return oddly_named(folder, "utf-8")
+
+
+@layout
+def a_zip_of_a_mac(folder):
+    odd = {unicodedata.normalize("NFD", name): plain for name, plain in ODD.items()}
+    place = oddly_named(folder, "utf-8", odd)
+    rows(folder / "metadata.jsonl", ODD)
+    with zipfile.ZipFile(place, "a") as archive:
+        archive.writestr("my set/metadata.csv", "file_name,text\n")
+    return place
+
+
+@layout
+def a_western_zip(folder):
+    return oddly_named(folder, "cp437", {"é.png": "a.png", "ä ß.jpg": "b.jpg", "c.png": "c.png", "ñ.webp": "d.webp"})
+
+
+def tarred(folder: Path, ending: str, mode: str) -> Path:
+    file = folder.parent / f"set{ending}"
+    with tarfile.open(file, mode) as archive:
+        for name in captioned(folder):
+            archive.add(folder / name, f"./data/{name}")
+    return file
+
+
+@layout
+def a_tar(folder):
+    return tarred(folder, ".tar", "w")
+
+
+@layout
+def a_tar_gz(folder):
+    return tarred(folder, ".tar.gz", "w:gz")
+
+
+@layout
+def a_tgz_in_capitals(folder):
+    return tarred(folder, ".TGZ", "w:gz")
+
+
+@layout
+def a_tar_xz(folder):
+    return tarred(folder, ".tar.xz", "w:xz")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -367,3 +512,68 @@ def test_other_numbers_are_no_repeats(tmp_path, right, names):
     found, notes, _ = load(tmp_path / "set")
     assert found == right and notes == []
     assert {e.repeats for e in data.load(tmp_path / "set")} == {1}
+
+
+@pytest.mark.parametrize("encoding, table", [("", True), ("", False), ("utf-8", True), ("cp932", True)])
+def test_long_names_in_a_zip_are_shortened_with_their_captions_and_it_is_said(tmp_path, right, encoding, table):
+    odd = {f"{'猫' * 100}{name}": name for name in CAPTIONS}
+    file = oddly_named(tmp_path / "set", encoding, odd, table)
+    for _ in range(2):  # unpacked, and found unpacked
+        found, notes, _ = load(file)
+        assert found == right
+        assert notes == ["4 names of more than 255 bytes are shortened on this disk"]
+
+
+def test_what_an_archive_must_not_write_is_said(tmp_path, right):
+    inside = captioned(tmp_path / "set")
+    file = zipped(tmp_path / "set", inside, ["../x.png", "inner.zip", "C:\\y.png"])
+    link = zipfile.ZipInfo("link.png")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+    for _ in range(2):
+        found, notes, _ = load(file)
+        assert found == right and notes == [
+            "1 not taken, links in the archive: link.png",
+            "2 not taken, names that lead out of the folder: ../x.png, C:\\y.png",
+            "1 not taken, an archive inside, which must be unpacked there: inner.zip",
+        ]
+
+
+def test_a_tar_writes_nothing_outside_and_follows_no_link(tmp_path, right):
+    captioned(tmp_path / "set")
+    file = tmp_path / "set.tar"
+    with tarfile.open(file, "w") as archive:
+        archive.add(tmp_path / "set", ".")
+        for name in ("../evil.png", "/evil.png", "a/../../evil.png"):
+            entry = tarfile.TarInfo(name)
+            entry.size = 4
+            archive.addfile(entry, io.BytesIO(b"evil"))
+        for kind, name in ((tarfile.SYMTYPE, "a1.png"), (tarfile.LNKTYPE, "a2.png"), (tarfile.FIFOTYPE, "a3.png")):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            archive.addfile(entry)
+    found, notes, _ = load(file)
+    assert found == right and not list(tmp_path.rglob("*evil*"))
+    assert [note.split(":")[0] for note in notes] == [
+        "3 not taken, links in the archive", "3 not taken, names that lead out of the folder",
+    ]  # fmt: skip
+
+
+def test_a_tar_that_holds_too_much_or_is_none_is_refused(tmp_path, right, monkeypatch):
+    file = tarred(tmp_path / "set", ".tar.gz", "w:gz")
+    monkeypatch.setattr("naruto_lora.reading.archive.MAX_UNZIPPED", 100)
+    with pytest.raises(ValueError, match="the archive '.*set.tar.gz' holds .* use a smaller one"):
+        data.load(file)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="the archive '.*set.tar.gz' can't be unpacked"):
+        data.load(file)
+    assert list((tmp_path / "cache" / "naruto_lora").iterdir()) == []
+
+
+def test_a_folder_that_an_older_version_unpacked_is_replaced(tmp_path, right):
+    file = zipped(tmp_path / "set", captioned(tmp_path / "set"))
+    load(file)
+    (unpacked,) = (tmp_path / "cache" / "naruto_lora").iterdir()
+    unpacked.rename(unpacked.with_suffix(""))
+    assert load(file)[0] == right and [p.name for p in unpacked.parent.iterdir()] == [unpacked.name]
