@@ -15,10 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import hub
-from .reading import archive, folder, picture, table, words
+from .reading import layout, picture, words
 from .reading.faults import look as look
-from .reading.folder import SUFFIXES
 from .reading.picture import crop
 from .reading.report import Found
 
@@ -74,35 +72,15 @@ class Example:
 
 
 def load(dataset: str | Path, show=None, found: Found | None = None) -> list[Example]:
-    """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one, or a hub id.
+    """Captioned pictures of a folder (metadata files, texts beside pictures, or parquet), a zip of one, or a hub id.
 
     Checks each picture and caption. `show.note` gets a line on each kind of thing that was left out; `found` is filled
     in for `report.rows`. Raises FileNotFoundError for a missing folder or hub data set, ValueError for the first thing
     that is wrong inside.
     """
     found = Found() if found is None else found
-    if not str(dataset).strip():
-        raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
-    place = Path(dataset).expanduser()
-    if archive.is_read(place) and not place.is_dir():
-        with archive.unpacked(place, found) as unpacked:
-            return _load(dataset, unpacked, found, show)
-    return _load(dataset, place, found, show)
-
-
-def _load(dataset: str | Path, place: Path, found: Found, show) -> list[Example]:
-    if place.is_dir():
-        rows = table.read(str(place)) if list(place.rglob("*.parquet")) else folder.read(place, found)
-    elif isinstance(dataset, str) and hub.is_id(dataset):
-        rows = table.read(dataset)
-    else:
-        raise FileNotFoundError(f"the data set folder '{dataset}' does not exist; check the path, or use a hub id")
-    examples = [Example(row.name, row.caption, row.source, repeats=row.repeats) for row in rows]
-    if not examples:
-        raise ValueError(
-            f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES[:8])} ... files with captions"
-        )
-    with ThreadPoolExecutor(THREADS) as pool:
+    with layout.opened(dataset, found) as rows, ThreadPoolExecutor(THREADS) as pool:
+        examples = [Example(row.name, row.caption, row.source, repeats=row.repeats) for row in rows]
         for _ in pool.map(Example.check, examples):  # raises for the first bad one
             pass
     found.tell(show)

@@ -1,7 +1,9 @@
 """Reading: pictures, captions and prompts in every layout that people use.
 
-`data.load` picks the reader; each reader gives rows of (name, caption, file or bytes). In the order to read it:
+`layout` picks the reader for `data.load`; each reader gives rows of (name, caption, file or bytes). In the order to
+read it:
 
+- `layout`: what stands in `dataset`, and which reader reads it
 - `report`: what was found: pictures taken, what was left out and why, where captions came from
 - `folder`: a folder of pictures; captions in metadata files or in a text file beside each picture
 - `kohya`: folders whose names say how often their pictures are trained

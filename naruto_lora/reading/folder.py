@@ -12,6 +12,7 @@ from .report import Found
 
 TEXTS = (".txt", ".caption")  # endings of files with the caption of the picture beside them
 ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz")
+PACKED = "an archive inside, which must be unpacked there"
 OWN = ("captions.jsonl",)  # files that this package keeps in a data set
 
 
@@ -96,6 +97,8 @@ def _leave(files: list[tuple[Path, str]], found: Found) -> None:
         if suffix in TEXTS:
             found.leave("text beside no picture", name)
         elif suffix in ARCHIVES:
-            found.leave("an archive inside, which must be unpacked there", name)
+            found.leave(PACKED, name)
+        elif suffix == ".parquet":
+            found.leave("a table without pictures and captions", name)
         elif name not in named:
             found.leave("neither a picture nor captions", name)

@@ -577,3 +577,135 @@ def test_a_folder_that_an_older_version_unpacked_is_replaced(tmp_path, right):
     (unpacked,) = (tmp_path / "cache" / "naruto_lora").iterdir()
     unpacked.rename(unpacked.with_suffix(""))
     assert load(file)[0] == right and [p.name for p in unpacked.parent.iterdir()] == [unpacked.name]
+
+
+def parquet(file: Path, column="text", images=None, **more) -> Path:
+    """The pictures of CAPTIONS as a .parquet file."""
+    import datasets
+
+    folder = next(place.parent for place in file.parents if place.name == "set") / "pictures"
+    pictures(folder)
+    images = [{"bytes": (folder / name).read_bytes(), "path": name} for name in CAPTIONS] if images is None else images
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = {"image": images, column: list(CAPTIONS.values())[: len(images)]} | more
+    datasets.Dataset.from_dict(table).to_parquet(file)
+    return file
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+
+@pytest.mark.parametrize("name, whole, said", [
+    ("set/any.parquet", True, []),
+    ("set/train-00000-of-00001.parquet", False, []),
+    ("set/test-00000-of-00001.parquet", False, ["the split 'test' is taken: there is no 'train'"]),
+    ("set/data/validation.parquet", False, ["the split 'validation' is taken: there is no 'train'"]),
+])  # fmt: skip
+@pytest.mark.parametrize("column", ["text", "caption"])
+def test_parquet_of_any_split_and_as_one_file(tmp_path, right, hub_cache, name, whole, said, column):
+    file = parquet(tmp_path / name, column)
+    found, notes, about = load(file if whole else tmp_path / "set")
+    assert found == right and notes == said and about.captions == {f"the column '{column}'": 4}
+
+
+def test_other_splits_than_train_are_said_and_without_it_refused(tmp_path, right, hub_cache):
+    for name in ("train", "test", "validation"):
+        parquet(tmp_path / "set" / f"{name}-00000-of-00001.parquet")
+    found, notes, _ = load(tmp_path / "set")
+    assert found == right and notes == ["2 not taken, another split than 'train': test, validation"] or notes == [
+        "2 not taken, another split than 'train': validation, test"]  # fmt: skip
+    (tmp_path / "set" / "train-00000-of-00001.parquet").unlink()
+    with pytest.raises(ValueError, match="has no split 'train', only .*; rename one, or set `dataset` to its file"):
+        data.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize("place, said", [
+    (".cache/index.parquet", []),
+    ("index.parquet", ["1 not taken, a table without pictures and captions: index.parquet"]),
+    ("broken.parquet", ["1 not taken, a table without pictures and captions: broken.parquet"]),
+])  # fmt: skip
+def test_a_stray_parquet_hides_no_pictures(tmp_path, right, hub_cache, place, said):
+    import datasets
+
+    captioned(tmp_path / "set")
+    file = tmp_path / "set" / place
+    file.parent.mkdir(exist_ok=True)
+    datasets.Dataset.from_dict({"text": ["one"]}).to_parquet(file)
+    if "broken" in place:
+        file.write_bytes(b"no parquet")
+    found, notes, _ = load(tmp_path / "set")
+    assert found == right and notes == said
+
+
+@pytest.mark.parametrize("image, named", [
+    ("https://example.com/a.png", "has no picture but the address 'https://example.com/a.png'; store the picture's"),
+    ({"bytes": None, "path": None}, "has no picture; store its bytes, or remove the row"),
+    ("none.png", "has no picture but names 'none.png', which is no file in its folder; store the picture's bytes"),
+])  # fmt: skip
+def test_rows_without_a_picture(tmp_path, hub_cache, image, named):
+    file = parquet(tmp_path / "set" / "a.parquet", images=[image])
+    for place in (file, file.parent):
+        with pytest.raises(ValueError) as caught:
+            data.load(place)
+        assert str(caught.value).startswith(f"row 0 of '{place}' {named}")
+
+
+@pytest.mark.parametrize("written", ["{} ", " {}\n", '"{}"', "'{}'", ' "{}" \r\n', "{}/", "~/set one"])
+def test_a_path_as_it_is_pasted(tmp_path, right, monkeypatch, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    captioned(tmp_path / "set one")
+    assert load(written.format(tmp_path / "set one"))[0] == right
+
+
+def test_a_path_that_has_quotes_is_itself(tmp_path, right):
+    captioned(tmp_path / "'set' ")
+    assert load(f"{tmp_path}/'set' ")[0] == right
+
+
+@pytest.mark.parametrize("name, named", [
+    ("a.rar", "is a .rar archive, which isn't read; unpack it and set `dataset` to its folder, or zip that"),
+    ("a.7z", "is a .7z archive"),
+    ("a.png", "is a single picture; set `dataset` to the folder that holds pictures and their captions"),
+    ("a.txt", "is a single text; set `dataset` to the folder"),
+    ("a.doc", "is no data set; set `dataset` to a folder, a .zip, .tar or .parquet file, or a hub id"),
+])  # fmt: skip
+def test_a_file_that_is_no_data_set(tmp_path, name, named):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError) as caught:
+        data.load(str(tmp_path / name))
+    assert str(caught.value).startswith(f"'{tmp_path / name}' {named}")
+
+
+@pytest.mark.parametrize("path", ["/content/drive/MyDrive/set", "/content/drive/MyDrive/set.zip", "MyDrive/set",
+                                  "drive/MyDrive/my set", '"/content/drive/My Drive/set"'])  # fmt: skip
+def test_a_path_on_drive_while_it_is_not_mounted(path):
+    with pytest.raises(FileNotFoundError, match="is on Google Drive, which is not mounted; switch `drive`") as caught:
+        data.load(path)
+    assert path.strip('"') in str(caught.value)
+
+
+def test_a_mounted_drive_is_a_folder_like_others(tmp_path, right, monkeypatch):
+    monkeypatch.setattr("naruto_lora.reading.layout.DRIVE", tmp_path / "drive")
+    captioned(tmp_path / "drive" / "MyDrive" / "set")
+    assert load(tmp_path / "drive" / "MyDrive" / "set")[0] == right
+    with pytest.raises(FileNotFoundError, match="does not exist; check the path"):
+        data.load(tmp_path / "drive" / "MyDrive" / "none")
+
+
+def test_an_archive_that_holds_only_another_is_named(tmp_path, right):
+    (tmp_path / "set").mkdir()
+    file = zipped(tmp_path / "set", {}, ["inner.zip", "read me.md"])
+    with pytest.raises(ValueError) as caught:
+        data.load(file)
+    assert str(caught.value).startswith(f"the data set '{file}' has no pictures; ")
+    assert str(caught.value).endswith("; unpack 'inner.zip', which is inside")
+
+
+def test_a_path_with_line_breaks_gives_one_line():
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load("/no/such\nfolder\n")
+    assert "\n" not in str(caught.value)
