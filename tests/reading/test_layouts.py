@@ -709,3 +709,32 @@ def test_a_path_with_line_breaks_gives_one_line():
     with pytest.raises(FileNotFoundError) as caught:
         data.load("/no/such\nfolder\n")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content, named", [
+    ("a boat".encode("utf-16-le"), "b.caption' is not in UTF-8; save it again as UTF-8"),
+    ("a boat".encode("utf-16"), "b.caption' is not in UTF-8; save it again as UTF-8"),
+    ("Löwe".encode("cp1252"), "b.caption' is not in UTF-8; save it again as UTF-8"),
+    (bytes(8), "b.caption' is not in UTF-8"),
+    ("\u200b\u200b".encode(), "the caption of 'b.jpg' is empty; write what the picture shows, or remove it"),
+    (b"\xed\xa0\xbd", "b.caption' is not in UTF-8"),  # half a letter
+])  # fmt: skip
+@pytest.mark.parametrize("in_a_zip", [False, True])
+def test_captions_that_are_no_text_are_refused_by_name(tmp_path, right, content, named, in_a_zip):
+    pictures(tmp_path / "set")
+    texts(tmp_path / "set", ".caption")
+    (tmp_path / "set" / "b.caption").write_bytes(content)
+    place = tmp_path / "set"
+    if in_a_zip:
+        place = zipped(place, {f"x/{file.name}": file.name for file in place.iterdir()})
+    with pytest.raises(ValueError) as caught:
+        data.load(place)
+    said = str(caught.value)
+    assert named in said and "\n" not in said and str(tmp_path / "cache") not in said
+
+
+def test_a_letter_that_is_none_in_a_csv_is_refused(tmp_path):
+    pictures(tmp_path)
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na.png,a boat\n".encode("utf-16-le"))
+    with pytest.raises(ValueError, match="metadata.csv' is not in UTF-8; save it again as UTF-8"):
+        data.load(tmp_path)
