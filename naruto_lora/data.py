@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import reprlib
 from collections import deque
 from collections.abc import Generator, Iterable
@@ -16,11 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from . import hub
-from .reading import archive, captions, folder, picture, table
+from .reading import captions, layout, picture, words
 from .reading.faults import look as look
-from .reading.folder import SUFFIXES
 from .reading.picture import crop
+from .reading.report import Found
 
 FEWEST = 3  # pictures to train on, and held out: fewer can't show style distance or copying
 THREADS = 2  # for decoding, in parallel because Pillow releases the GIL; Colab has two cores
@@ -36,6 +34,7 @@ class Example:
     source: Path | bytes
     mirrored: bool = False
     wordless: bool = False  # its caption is empty on purpose
+    repeats: int = 1  # how often it is among the training pictures
 
     def read(self) -> bytes:
         """The compressed picture. Raises FileNotFoundError if its file is no longer there."""
@@ -61,7 +60,7 @@ class Example:
         """Raises ValueError for a picture that can't be decoded, or a caption that is empty or not text."""
         if not isinstance(self.caption, str):
             raise ValueError(f"the caption of {self.name!r} is not text but {reprlib.repr(self.caption)}; make it text")
-        if captions.is_empty(self.caption) and not self.wordless:
+        if words.is_empty(self.caption) and not self.wordless:
             raise ValueError(f"the caption of {self.name!r} is empty; write what the picture shows, or remove it")
         self._readable(picture.check)
 
@@ -73,46 +72,30 @@ class Example:
             raise ValueError(f"the picture {self.name!r} can't be read ({error!s:.99}); replace or remove it") from None
 
 
-def load(dataset: str | Path, captioned: bool = True) -> list[Example]:
-    """Captioned pictures of a folder (metadata.jsonl, .txt beside each picture, or parquet), a zip of one, or a hub id.
+def load(dataset: str | Path, captioned: bool = True, show=None, found: Found | None = None) -> list[Example]:
+    """Captioned pictures of a folder (metadata files, texts beside pictures, parquet), an archive of one, or a hub id.
 
-    Checks each picture and caption; with `captioned` False a picture may lack its caption. Raises FileNotFoundError for
-    a missing folder or hub data set, ValueError for the first thing that is wrong inside.
+    Checks each picture and caption; with `captioned` False a picture may lack its caption. `show.note` gets a line on
+    each kind of thing that was left out; `found` is filled in for `report.rows`. Raises FileNotFoundError for a missing
+    folder or hub data set, ValueError for the first thing that is wrong inside.
     """
-    if not str(dataset).strip():
-        raise FileNotFoundError("`dataset` is empty; set it to a folder, a .zip or a hub id")
-    place = Path(os.path.expanduser(dataset))
-    if place.suffix.lower() == ".zip":
-        with archive.unpacked(place) as unpacked:
-            return _load(dataset, unpacked, captioned)
-    return _load(dataset, place, captioned)
-
-
-def _load(dataset: str | Path, place: Path, captioned: bool) -> list[Example]:
-    if place.is_dir():
-        rows = table.read(str(place)) if list(place.rglob("*.parquet")) else folder.read(place)
-    elif isinstance(dataset, str) and hub.is_id(dataset):
-        rows = table.read(dataset)
-    else:
-        raise FileNotFoundError(f"the data set folder '{dataset}' does not exist; check the path, or use a hub id")
-    examples = captions.apply([Example(*row) for row in rows], dataset, captioned)
-    if not examples:
-        raise ValueError(
-            f"the data set '{dataset}' has no pictures; it needs {', '.join(SUFFIXES)} files, each with a caption"
-        )
-    with ThreadPoolExecutor(THREADS) as pool:
+    found = Found() if found is None else found
+    with layout.opened(dataset, found) as rows, ThreadPoolExecutor(THREADS) as pool:
+        examples = [Example(row.name, row.caption, row.source, repeats=row.repeats) for row in rows]
+        examples = captions.apply(examples, layout.clean(dataset), captioned)
         deque(pool.map(Example.check, examples), maxlen=0)  # raises for the first bad one
+    found.tell(show)
     return examples
 
 
 def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[Example]]:
     """(training, hold-out) by each picture's bytes, so that new pictures in a set of a hundred or more move no others.
 
-    The hold-out is about a share `holdout` of the pictures, and at least FEWEST unless `holdout` is 0. Raises
-    ValueError if fewer than FEWEST are left to train on.
+    The hold-out is about a share `holdout` of the pictures, and at least FEWEST unless `holdout` is 0. A training
+    picture comes as often as it `repeats`. Raises ValueError if fewer than FEWEST are left to train on.
     """
     if holdout == 0:
-        return list(examples), []
+        return _repeated(examples), []
     places = [int.from_bytes(e.digest[:4]) / 16**8 for e in examples]
     least = max(holdout, sorted(places)[:FEWEST][-1] + 16**-9)
     held = [e for e, place in zip(examples, places, strict=True) if place < least]
@@ -120,7 +103,11 @@ def split(examples: list[Example], holdout: float) -> tuple[list[Example], list[
     if len(train) < FEWEST:
         raise ValueError(f"with holdout {holdout:g}, {len(train)} of {len(examples)} pictures are left to train on, "
                          f"fewer than {FEWEST}: add pictures, or choose a recipe with holdout 0")
-    return train, held
+    return _repeated(train), held
+
+
+def _repeated(examples: list[Example]) -> list[Example]:
+    return [example for example in examples for _ in range(example.repeats)]
 
 
 def fingerprint(examples: list[Example]) -> str:

@@ -16,8 +16,11 @@ from .progress import note
 
 STALL = 90.0  # seconds without a new byte
 PARTS = ("unet", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-DATA = (*PICTURES, ".parquet", ".arrow", ".md", ".csv", ".jsonl", ".txt", ".json", ".zip", ".tar")
+PICTURES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".heic",
+    ".heif", ".jp2", ".mpo", ".tga", ".ico", ".apng", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+DATA = (*PICTURES, ".parquet", ".arrow", ".md", ".csv", ".jsonl", ".txt", ".caption", ".json", ".zip", ".tar")
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' own name
 PEFT = ("adapter_model.safetensors", "adapter_config.json")  # peft's: weights, settings
 

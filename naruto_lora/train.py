@@ -60,7 +60,7 @@ def begin(recipe, out: str | Path, cache_folder=None, show=None, mirror=None, ru
 def _begin(recipe, folder: checkpoint.RunFolder, cache_folder, rungs, begun: float) -> Run:
     show, device = folder.show, models.device_for(recipe.precision)
     models.check_base(recipe.base, recipe.vae)
-    training, holdout = data.split(data.load(recipe.dataset), recipe.holdout)
+    training, holdout = data.split(data.load(recipe.dataset, show=show), recipe.holdout)
     checkpoints = folder.newest()
     sources = checkpoint.sources_of(recipe, training, holdout)
     for path in checkpoints:  # also the older one: this run would delete another run's checkpoints

@@ -1,5 +1,6 @@
 """Encode once: right values, nothing twice, and a killed run continues."""
 
+import dataclasses
 import errno
 import io
 import os
@@ -536,3 +537,13 @@ def test_an_interrupt_or_an_error_ends_the_threads(plan, examples, tmp_path, mon
     with pytest.raises(expected[0], match=expected[1]):
         cache.encode(rows, plan, tmp_path, show)
     assert threads() == before
+
+
+def test_a_repeated_picture_is_encoded_once_and_trained_as_often_as_it_repeats(plan, examples, tmp_path):
+    first, second = examples[0][:2]
+    train, _ = data.split([dataclasses.replace(first, repeats=3), second], 0)
+    done = []
+    repeated = cache.encode(train, plan.replace(flip=True), tmp_path, show=lambda *counted: done.append(counted))
+    assert repeated.names == (first.name,) * 3 + (second.name,) and len(repeated) == 4
+    assert len(set(repeated.latents)) == 2 and len(set(repeated.mirrored)) == 2
+    assert ("pictures", 4, 4) in done and ("captions", 2, 2) in done  # two pictures, and both mirrored

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import data
 from ..progress import note
-from ..reading import captions
+from ..reading import captions, layout
 from ..reading.style import without_style
 from . import captioners
 from .places import Places
@@ -71,6 +71,7 @@ def caption(dataset: str | Path, captioner: str = "blip", mode: str = "missing",
     """
     if mode not in MODES:
         raise ValueError(f"the mode '{mode}' is unknown: choose {', '.join(MODES)}")
+    dataset = layout.clean(dataset)
     _share(dataset, mirror, show)
     kept = captions.Captions(dataset)
     if mode != "none" and any(row["by"] == captions.NO_WORDS for row in kept.rows.values()):
@@ -98,7 +99,7 @@ def captioned(dataset: str | Path, captioner: str = "blip", mode: str = "missing
     report = caption(dataset, captioner, mode, prefix, show, mirror)
     if report.examples is None:
         note(show, str(report))
-        return data.load(dataset)
+        return data.load(dataset, show=show)
     return report.examples
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import files
+from . import words
 
 FILE = "captions.jsonl"  # hidden beside parquet: the `datasets` library would read it as a table
 YOU, NO_WORDS = "you", "none"  # `by`: written in the review; the mode in which every caption is empty
@@ -113,8 +114,8 @@ def apply(examples: list, dataset: str | Path, captioned: bool = True) -> list:
 
 
 def is_empty(caption: object) -> bool:
-    """Whether a caption is a text without a letter."""
-    return isinstance(caption, str) and not caption.replace("\0", "").strip()
+    """Whether a caption is a text that shows nothing."""
+    return isinstance(caption, str) and words.is_empty(caption)
 
 
 def _key(line: dict) -> tuple[str, str]:

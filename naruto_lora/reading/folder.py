@@ -1,78 +1,106 @@
-"""Captioned pictures in a folder: captions in metadata.jsonl, or in a .txt file beside each picture."""
+"""Captioned pictures in a folder: captions in metadata files, or in a text file beside each picture."""
 
 from __future__ import annotations
 
-import json
-import re
-import reprlib
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..hub import PICTURES as SUFFIXES
+from . import kohya, metadata, tree, words
+from .captions import FILE as OWN
 from .captions import Missing
+from .report import Found
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and halves of a letter that JSON can hold
-Row = tuple[str, Any, Path | bytes]  # a picture's name, its caption (unchecked), its file or compressed bytes
+TEXTS = (".txt", ".caption")  # endings of files with the caption of the picture beside them
+ARCHIVES = (".zip", ".rar", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz")
+PACKED = "an archive inside, which must be unpacked there"
 
 
-def read(folder: Path) -> list[Row]:
+class Row(NamedTuple):
+    """A picture's name, its caption (unchecked), its file or compressed bytes, and how often it is trained."""
+
+    name: str
+    caption: Any
+    source: Path | bytes
+    repeats: int = 1
+
+
+def read(folder: Path, found: Found) -> list[Row]:
     """(name, caption, file) of each picture in `folder`; `captions.Missing` where there is no caption."""
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and _visible(p, folder))
-    captions = _metadata(folder / "metadata.jsonl") if (folder / "metadata.jsonl").is_file() else None
+    files = tree.files(folder, found)
+    pictures = [file for file in files if is_picture(file)]
+    known, beside = metadata.Metadata(folder, files, pictures, found), _texts(files)
+    texts = {file: _at(beside, file.with_suffix("")) + _at(beside, file) for file in pictures}
     rows: list[Row] = []
-    for file in files:
-        name = file.relative_to(folder).as_posix()
-        caption = captions.get(name) if captions is not None else _caption_beside(file)
+    for file, repeats in kohya.repeats(folder, pictures, found).items():
+        caption, where = _caption(file, known, texts[file], found)
         if caption is None:
-            where = "in metadata.jsonl" if captions is not None else f"in '{file.with_suffix('.txt').name}' beside it"
-            caption = Missing(f"the picture {name!r} in '{folder}' has no caption; add one {where}")
-        rows.append((name, caption, file))
-    for name in sorted(set(captions or ()) - {name for name, *_ in rows}):
-        raise ValueError(f"metadata.jsonl in '{folder}' names {name!r}, which is not there; add it or remove the line")
+            where = f"in {known.files[0].name}" if known.files else f"in '{file.with_suffix('.txt').name}' beside it"
+            caption = Missing(f"the picture {known.name(file)!r} in '{folder}' has no caption; add one {where}")
+        else:
+            found.captions[where] += 1
+        rows.append(Row(known.name(file), caption, file, repeats))
+    known.check()
+    used = {*pictures, *known.files, *(text for file in pictures for text in texts[file])}
+    _leave([(file, known.name(file)) for file in files if file not in used], found)
     return rows
 
 
-def _visible(file: Path, folder: Path) -> bool:
-    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+def is_picture(file: Path) -> bool:
+    """Whether a file's ending is that of a picture."""
+    return file.suffix.lower() in SUFFIXES
 
 
-def _caption_beside(file: Path) -> str | None:
-    text = file.with_suffix(".txt")
-    return _read_text(text).strip() if text.is_file() else None
+def _caption(file: Path, known: metadata.Metadata, texts: list[Path], found: Found) -> tuple[Any, str]:
+    """(caption, where it was), None for none. Metadata counts before a file beside the picture, unless it is empty."""
+    said = [known.of[file]] if file in known.of else []
+    for text in texts:
+        try:
+            said.append((words.read(text).strip(), f"{text.suffix.lower()} files"))
+        except ValueError:
+            if not said:
+                raise
+            found.leave("not in UTF-8", known.name(text))
+    (caption, where), *others = [one for one in said if not _says_nothing(one[0])] or said[:1] or [(None, "")]
+    for other, place in others:
+        if other != (caption.strip() if isinstance(caption, str) else caption):
+            found.differ(where, place, known.name(file))
+    return caption, where
 
 
-def _read_text(file: Path) -> str:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:  # UTF-16 without a mark reads as letters with NULs between them
-        raise ValueError(f"the file '{file}' is not in UTF-8; save it again as UTF-8")
-    return text
+def _says_nothing(caption: Any) -> bool:
+    return isinstance(caption, str) and words.is_empty(caption)
 
 
-def _metadata(file: Path) -> dict[str, Any]:
-    captions: dict[str, Any] = {}
-    for number, line in enumerate(_read_text(file).split("\n"), 1):
-        if not line.strip():
+def _texts(files: list[Path]) -> dict[Path, list[Path]]:
+    """By picture without its ending, and with it: the text files beside it, in the order of TEXTS."""
+    beside: dict[Path, list[Path]] = {}
+    for file in sorted(files, key=lambda file: (file.suffix.lower() != TEXTS[0], file.suffix)):
+        if file.suffix.lower() in TEXTS:
+            beside.setdefault(_composed(file.with_suffix("")), []).append(file)
+    return beside
+
+
+def _at(beside: dict[Path, list[Path]], file: Path) -> list[Path]:
+    return beside.get(_composed(file), [])
+
+
+def _composed(file: Path) -> Path:
+    return file.with_name(unicodedata.normalize("NFC", file.name))
+
+
+def _leave(files: list[tuple[Path, str]], found: Found) -> None:
+    named = found.named
+    for file, name in files:
+        suffix = file.suffix.lower()
+        if file.name.removeprefix(".") == OWN:
             continue
-        name, caption = _entry(line, f"line {number} of '{file}'")
-        if name in captions:
-            raise ValueError(f"line {number} of '{file}' names {name!r} a second time; keep one of its lines")
-        captions[name] = caption
-    return captions
-
-
-def _entry(line: str, where: str) -> tuple[str, Any]:
-    """(file name, caption) of a line of metadata.jsonl; the caption is unchecked unless it is a text."""
-    try:
-        row = json.loads(line)
-        name, caption = row["file_name"], "" if row["text"] is None else row["text"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{where} must be one JSON object with 'file_name' and 'text'") from None
-    if not isinstance(name, str):
-        raise ValueError(f"{where} has a 'file_name' that is not text but {reprlib.repr(name)}; write it as text")
-    for text in (name, caption):
-        if isinstance(text, str) and (found := NO_TEXT.search(text)):
-            raise ValueError(f"{where} holds {found[0]!r}, which is no letter; write the line again in UTF-8")
-    return name, caption
+        if suffix in TEXTS:
+            found.leave("text beside no picture", name)
+        elif suffix in ARCHIVES:
+            found.leave(PACKED, name)
+        elif suffix == ".parquet":
+            found.leave("a table without pictures and captions", name)
+        elif name not in named:
+            found.leave("neither a picture nor captions", name)

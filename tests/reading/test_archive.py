@@ -77,7 +77,7 @@ def test_a_zip_with_damaged_content_is_named(tmp_path, cached, method):
     assert list(cached.iterdir()) == []
 
 
-@pytest.mark.parametrize("names", [["a" * 300 + ".png"], ["x", "x/y"], ["x/y", "x"], ["a/" * 900 + "a.png"],
+@pytest.mark.parametrize("names", [["x", "x/y"], ["x/y", "x"], ["a/" * 900 + "a.png"],
                                    ["a/" * 1500 + "a.png"]])
 def test_a_zip_with_names_that_no_disk_takes_is_named(tmp_path, cached, names):
     with pytest.raises(ValueError, match="mine.zip' can't be unpacked .'.*': [A-Z].*; zip it again with") as caught:
