@@ -76,15 +76,16 @@ def load(dataset: str | Path, captioned: bool = True, show=None, found: Found | 
     """Captioned pictures of a folder (metadata files, texts beside pictures, parquet), an archive of one, or a hub id.
 
     Checks each picture and caption; with `captioned` False a picture may lack its caption. `show.note` gets a line on
-    each kind of thing that was left out; `found` is filled in for `report.rows`. Raises FileNotFoundError for a missing
-    folder or hub data set, ValueError for the first thing that is wrong inside.
+    each kind of thing that was left out; a `found` without a `show` is only filled in, for `report.rows`. Raises
+    FileNotFoundError for a missing folder or hub data set, ValueError for the first thing that is wrong inside.
     """
-    found = Found() if found is None else found
+    told, found = show is not None or found is None, found or Found()
     with layout.opened(dataset, found) as rows, ThreadPoolExecutor(THREADS) as pool:
         examples = [Example(row.name, row.caption, row.source, repeats=row.repeats) for row in rows]
         examples = captions.apply(examples, layout.clean(dataset), captioned)
         deque(pool.map(Example.check, examples), maxlen=0)  # raises for the first bad one
-    found.tell(show)
+    if told:
+        found.tell(show)
     return examples
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import data
 from ..progress import note
 from ..reading import captions, layout
+from ..reading.report import Found
 from ..reading.style import without_style
 from . import captioners
 from .places import Places
@@ -58,7 +59,8 @@ class Report:
 
 
 def caption(dataset: str | Path, captioner: str = "blip", mode: str = "missing", prefix: str = "", show=None,
-            mirror: str | Path | None = None, drop: tuple[str, ...] = ()) -> Report:  # fmt: skip
+            mirror: str | Path | None = None, drop: tuple[str, ...] = (),
+            found: Found | None = None) -> Report:  # fmt: skip
     """Writes captions for the pictures of `dataset`, a folder, zip or hub id, so that `data.load` finds them.
 
     `mode`: 'missing' captions only pictures without one; 'all' replaces the captions that were there (they are kept),
@@ -66,8 +68,8 @@ def caption(dataset: str | Path, captioner: str = "blip", mode: str = "missing",
     `prefix`, such as a trigger word, starts each caption that is written. Words that name a style are taken out, and
     those of `drop`. A folder gets a .txt beside each picture, or lines in its metadata.jsonl; for a zip or a hub id
     see `reading.captions`. What a killed call wrote stays, and the next goes on from there. `mirror` is a folder (on
-    Google Drive) for a copy of what was made. Raises ValueError for an unknown mode, what `data.load` and
-    `captioners.load` raise, and OSError if nothing can be written.
+    Google Drive) for a copy of what was made; `found` as in `data.load`. Raises ValueError for an unknown mode, what
+    `data.load` and `captioners.load` raise, and OSError if nothing can be written.
     """
     if mode not in MODES:
         raise ValueError(f"the mode '{mode}' is unknown: choose {', '.join(MODES)}")
@@ -76,7 +78,7 @@ def caption(dataset: str | Path, captioner: str = "blip", mode: str = "missing",
     kept = captions.Captions(dataset)
     if mode != "none" and any(row["by"] == captions.NO_WORDS for row in kept.rows.values()):
         kept.rewrite([row for row in kept.rows.values() if row["by"] != captions.NO_WORDS])
-    examples = data.load(dataset, captioned=False)
+    examples = data.load(dataset, captioned=False, show=None if found else show, found=found)
     places = Places(dataset, examples)
     report = Report(captioner, mode, len(examples), file=places.kept.file)
     if mode == "none":
@@ -91,16 +93,20 @@ def caption(dataset: str | Path, captioner: str = "blip", mode: str = "missing",
 
 
 def captioned(dataset: str | Path, captioner: str = "blip", mode: str = "missing", prefix: str = "", show=None,
-              mirror: str | Path | None = None) -> list[data.Example]:  # fmt: skip
-    """The examples of `dataset`, all captioned as `caption` does it, which says what it did. Raises what that raises.
+              mirror: str | Path | None = None, found: Found | None = None) -> list[data.Example]:  # fmt: skip
+    """The examples of `dataset`, captioned by `caption`, which says what it did; `found` as in `data.load`.
 
-    Raises ValueError too for a picture that the captioner found no words for.
+    Raises what `caption` raises, and ValueError for a picture that the captioner found no words for.
     """
-    report = caption(dataset, captioner, mode, prefix, show, mirror)
-    if report.examples is None:
-        note(show, str(report))
-        return data.load(dataset, show=show)
-    return report.examples
+    report = caption(dataset, captioner, mode, prefix, show, mirror, found=found)
+    if report.examples is not None:
+        return report.examples
+    note(show, str(report))
+    again = Found()
+    examples = data.load(dataset, found=again)
+    if found:
+        found.captions = again.captions
+    return examples
 
 
 def _is_due(example: data.Example, places: Places, mode: str, report: Report, prefix: str) -> bool:

@@ -10,16 +10,16 @@ from . import compare
 PALE = 0.7  # of white, over what is cut away
 
 
-def cropped(examples: list, recipe, size: int = 256, columns: int = 3) -> Image.Image:
-    """One picture: whole pictures of `examples`, pale where `recipe` crops them, with the share that is cut away."""
+def cropped(examples: list, recipe, size: int = 256) -> Image.Image:
+    """One picture: whole pictures of `examples`, pale where `recipe` crops them, with share cut away and caption."""
     cells, labels = [], []
     for example in examples:
         image = example.image()
         upright = image.height, image.width
         target = picture.bucket(upright, recipe.resolution) if recipe.buckets else (recipe.resolution,) * 2
         cells.append(kept(image, target, size))
-        labels.append(f"{shape.lost(upright, target):.0%} cut away")
-    return compare.strip(cells, labels, size=size, columns=columns)
+        labels.append(f"{shape.lost(upright, target):.0%} cut away: {example.caption}")
+    return compare.grid({"data": cells}, labels, size)
 
 
 def kept(image: Image.Image, target: tuple[int, int], size: int) -> Image.Image:
@@ -27,9 +27,10 @@ def kept(image: Image.Image, target: tuple[int, int], size: int) -> Image.Image:
     scale = size / max(image.size)
     wide, high = (max(1, round(side * scale)) for side in image.size)
     image = image.convert("RGB").resize((wide, high), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    inner_wide, inner_high = min(wide, high * target[1] / target[0]), min(high, wide * target[0] / target[1])
-    left, top = (wide - inner_wide) / 2, (high - inner_high) / 2
-    box = tuple(round(side) for side in (left, top, left + inner_wide, top + inner_high))
+    inner_wide = max(1, min(wide, round(high * target[1] / target[0])))
+    inner_high = max(1, min(high, round(wide * target[0] / target[1])))
+    left, top = (wide - inner_wide) // 2, (high - inner_high) // 2
+    box = (left, top, left + inner_wide, top + inner_high)
     pale = Image.blend(image, Image.new("RGB", image.size, compare.PAPER), PALE)
     pale.paste(image.crop(box), box[:2])
     if box != (0, 0, wide, high):

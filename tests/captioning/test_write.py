@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import Watcher
 from PIL import Image
 
 from naruto_lora import data
 from naruto_lora.captioning import captioners, places, write
-from naruto_lora.reading import captions
+from naruto_lora.reading import captions, report
 
 
 def pictures(folder, names=("a.png", "b.png", "deep/c.png"), captioned=()):
@@ -266,3 +267,20 @@ def test_a_captioner_is_freed_before_training(tmp_path, monkeypatch):
 def test_an_unknown_mode_is_named(tmp_path):
     with pytest.raises(ValueError, match="the mode 'some' is unknown: choose missing, all, none"):
         write.caption(tmp_path, mode="some")
+
+
+def test_examples_come_captioned_and_a_set_with_captions_is_read_once(tmp_path, model, monkeypatch):
+    folder, seen, loads = pictures(tmp_path, captioned=["a.png"]), Watcher(), []
+    (folder / "odd.xyz").write_text("x")
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda *given, **options: loads.append(given) or load(*given, **options))
+    found = report.Found()
+    examples = write.captioned(folder, show=seen, found=found)
+    assert [e.caption for e in examples] == ["my own", "41 men", "42 men"] and len(loads) == 2
+    assert seen.notes == ["2 of 3 captions written by blip; 1 of your own left as they are; 2 lost words that name a "
+                          "style ('an anime drawing of' 2 times)"]  # fmt: skip
+    assert found.captions == {".txt files": 3} and "odd.xyz" in found.named
+    again = write.captioned(folder, show=seen)
+    assert again == examples and len(loads) == 4  # what was made is read again
+    whole = pictures(tmp_path / "whole", captioned=["a.png", "b.png", "deep/c.png"])
+    assert [e.caption for e in write.captioned(whole, show=seen)] == ["my own"] * 3 and len(loads) == 5

@@ -36,8 +36,10 @@ def test_own_pictures_decide_crop_and_steps():
     assert [leg.lr for leg in fitted.legs] == [leg.lr for leg in HIGH.legs]
     assert not fit.fitted(mine, SQUARE)[0].buckets
     assert fit.fitted(mine, WIDE, crop="square")[0].buckets is False
-    for form in ({"steps": 40}, {"legs": "300 1e-4"}):
-        assert fit.fitted(mine, SQUARE, **form)[0] == mine
+    assert fit.fitted(mine, SQUARE, legs="300 1e-4")[0] == mine
+    assert fit.fitted(mine, SQUARE, steps=wanted + 1)[0] == mine
+    first_look, said = fit.fitted(mine, SQUARE, steps=40)
+    assert first_look.steps == wanted and len(said) == 1  # of which `recipe.adjust` takes the first 40
     other = mine.replace(name="own")
     assert fit.fitted(other, SQUARE)[0] == other  # a recipe file of one's own has its own steps
     with pytest.raises(ValueError, match="`crop` is 'round'"):

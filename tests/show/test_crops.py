@@ -27,11 +27,11 @@ def test_the_sheet_says_how_much_and_goes_by_the_recipe(plan, monkeypatch):
     Image.new("RGB", (80, 60), "red").save(buffer, "PNG")
     example = data.Example("a", "a", buffer.getvalue())
     labels = []
-    monkeypatch.setattr(compare, "strip", lambda cells, found, **options: labels.append((len(cells), found)))
+    monkeypatch.setattr(compare, "grid", lambda rows, found, size: labels.append((len(rows["data"]), found)))
     crops.cropped([example], plan)
-    crops.cropped([example], plan.replace(buckets=True))
-    assert labels == [(1, ["25% cut away"]), (1, ["0% cut away"])]
+    crops.cropped([example], plan.replace(buckets=True, resolution=256))
+    assert labels == [(1, ["25% cut away: a"]), (1, ["4% cut away: a"])]
 
 
 def test_a_sheet_holds_each_picture(examples, plan):
-    assert crops.cropped(examples[0][:4], plan, size=64).height > 2 * 64
+    assert crops.cropped(examples[0][:4], plan, size=64).width > 4 * 64
