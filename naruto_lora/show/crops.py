@@ -18,7 +18,8 @@ def cropped(examples: list, recipe, size: int = 256) -> Image.Image:
         upright = image.height, image.width
         target = picture.bucket(upright, recipe.resolution) if recipe.buckets else (recipe.resolution,) * 2
         cells.append(kept(image, target, size))
-        labels.append(f"{shape.lost(upright, target):.0%} cut away: {example.caption}")
+        lost = shape.lost(upright, target)
+        labels.append(f"{lost:.0%} cut away: {example.caption}" if lost >= 0.005 else example.caption)
     return compare.grid({"data": cells}, labels, size)
 
 

@@ -30,7 +30,10 @@ def test_the_sheet_says_how_much_and_goes_by_the_recipe(plan, monkeypatch):
     monkeypatch.setattr(compare, "grid", lambda rows, found, size: labels.append((len(rows["data"]), found)))
     crops.cropped([example], plan)
     crops.cropped([example], plan.replace(buckets=True, resolution=256))
-    assert labels == [(1, ["25% cut away: a"]), (1, ["4% cut away: a"])]
+    buffer = io.BytesIO()
+    Image.new("RGB", (60, 60), "red").save(buffer, "PNG")
+    crops.cropped([data.Example("b", "b", buffer.getvalue())], plan)
+    assert labels == [(1, ["25% cut away: a"]), (1, ["4% cut away: a"]), (1, ["b"])]
 
 
 def test_a_sheet_holds_each_picture(examples, plan):
