@@ -185,8 +185,8 @@ def test_the_forecast_in_arithmetic_equals_counting(save, measure, steps):
             assert forecast.seconds(start, stop) == (stop - start) * 2 + len(measured) * 10 + len(saved)
 
 
-def test_a_million_steps_are_forecast_at_once():
-    forecast = known(plan(legs=(Leg(10**12, 1e-4),), max_minutes=60))
+def test_ten_million_steps_are_forecast_at_once():
+    forecast = known(plan(legs=(Leg(10**7, 1e-4),), max_minutes=60))
     begun = time.perf_counter()
     for _ in range(100):
         text = forecast.sentence(5)

@@ -33,18 +33,19 @@ def test_the_record_describes_the_run(plan, trained, examples):
 @pytest.mark.parametrize("steps", [1, 3, 5])
 def test_a_resumed_run_equals_an_uninterrupted_one(previewed, trained, cache_folder, tmp_path, steps):
     """The stock script starts the epoch again, in another order."""
+    out = tmp_path / trained.folder.name
     with pytest.raises(Stop):
-        train.train(previewed, tmp_path, cache_folder, stop_after(steps))
-    assert not (tmp_path / lora.FILE).exists()
+        train.train(previewed, out, cache_folder, stop_after(steps))
+    assert not (out / lora.FILE).exists()
     for name in (".writing-4", ".old-checkpoint-0"):  # of a killed write, and of a killed removal
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "state.json").write_text("{")
-    record = train.train(previewed, tmp_path, cache_folder)
-    assert same_adapter(tmp_path, trained.folder)
+        (out / name).mkdir(exist_ok=True)
+        (out / name / "state.json").write_text("{")
+    record = train.train(previewed, out, cache_folder)
+    assert same_adapter(out, trained.folder)
     assert record["losses"] == trained.record["losses"] and record["holdout"] == trained.record["holdout"]
     assert record["best_step"] == trained.record["best_step"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in trained.folder.iterdir())
-    ours, theirs = (load_file(checkpoint.find(f)[-1] / "optimizer.safetensors") for f in (tmp_path, trained.folder))
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in trained.folder.iterdir())
+    ours, theirs = (load_file(checkpoint.find(f)[-1] / "optimizer.safetensors") for f in (out, trained.folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -407,7 +408,7 @@ def test_whatever_ends_the_loop_saves_first(plan, cache_folder, tmp_path, half_c
     with pytest.raises(Unforeseen):
         run.to_the_end()
     assert [checkpoint.step_of(path) for path in checkpoint.find(tmp_path)] == saved
-    assert len(checkpoint.read_state(checkpoint.newest([tmp_path]))["record"]["losses"]) == saved[-1]
+    assert len(checkpoint.read_state(checkpoint.find(tmp_path)[-1])["record"]["losses"]) == saved[-1]
 
 
 def test_the_error_that_ended_the_loop_is_raised_even_if_saving_fails_too(plan, cache_folder, tmp_path, monkeypatch):

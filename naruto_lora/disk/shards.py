@@ -6,6 +6,7 @@ its tensors; files of earlier versions have none.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -202,10 +203,10 @@ def _copied(source: Path, target: Path, tries: int = 3) -> bool:
     try:
         files.copy_whole(source, target)
         return True
-    except FileNotFoundError:
-        if not source.exists():
+    except OSError as error:
+        if error.errno == errno.ENOENT and not source.exists():
             return False
-        if tries == 1:  # the target's folder is gone
+        if error.errno != errno.ENOENT or tries == 1:  # the target's folder is gone
             raise
     return _copied(source, target, tries - 1)  # it was removed and written again
 

@@ -26,9 +26,12 @@ class Row(NamedTuple):
     repeats: int = 1
 
 
-def read(folder: Path, found: Found) -> list[Row]:
-    """(name, caption, file) of each picture in `folder`; `captions.Missing` where there is no caption."""
-    files = tree.files(folder, found)
+def read(folder: Path, found: Found, files: list[Path] | None = None) -> list[Row]:
+    """(name, caption, file) of each picture in `folder`; `captions.Missing` where there is no caption.
+
+    `files` are those of `tree.files`, if they are known.
+    """
+    files = tree.files(folder, found) if files is None else files
     pictures = [file for file in files if is_picture(file)]
     known, beside = metadata.Metadata(folder, files, pictures, found), _texts(files)
     texts = {file: _at(beside, file.with_suffix("")) + _at(beside, file) for file in pictures}

@@ -56,11 +56,13 @@ def opened(dataset: str | Path, found: Found) -> Iterator[list[folder.Row]]:
 
 
 def _of_folder(place: Path, found: Found) -> list[folder.Row]:
-    files = tree.files(place, Found())
+    walked = Found()
+    files = tree.files(place, walked)
     tables = [file for file in files if file.suffix.lower() == ".parquet"]
     pictures = [file for file in files if folder.is_picture(file)]
     if not tables or (pictures and not all(table.has_columns(file) for file in tables)):
-        return folder.read(place, found)
+        found.add(walked)
+        return folder.read(place, found, files)
     rows = table.read(str(place), found)
     used = {row.source for row in rows}
     for file in pictures:

@@ -26,6 +26,7 @@ class Metadata:
 
     def __init__(self, folder: Path, files: list[Path], pictures: list[Path], found: Found):
         self.folder, self.found, self.of, self.absent = folder, found, Captions(), list[tuple[str, Path]]()
+        self.names: dict[Path, str] = {}
         self.exact = {self.name(file): file for file in pictures}
         self.plain = {names.plain(name): file for name, file in self.exact.items()}
         self.files = [file for file in files if file.name.lower() in FILES]
@@ -41,7 +42,9 @@ class Metadata:
 
     def name(self, file: Path) -> str:
         """A file's name in the data set's folder."""
-        return file.relative_to(self.folder).as_posix()
+        if file not in self.names:
+            self.names[file] = file.relative_to(self.folder).as_posix()
+        return self.names[file]
 
     def _take(self, file: Path, name: str, caption: Any) -> None:
         picture, where = self._picture(file, name), self.name(file)

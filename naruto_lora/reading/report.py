@@ -27,6 +27,11 @@ class Found:
         """Remembers that `name` was not taken; `why` completes '3 files were not taken: ...'."""
         self.left.setdefault(why, []).append(name)
 
+    def add(self, other: Found) -> None:
+        """Takes over what `other` remembers as not taken."""
+        for why, names in other.left.items():
+            self.left.setdefault(why, []).extend(names)
+
     @property
     def named(self) -> set[str]:
         """The names of all that was not taken."""

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,9 +290,11 @@ def test_a_file_that_another_run_finishes_meanwhile_is_passed_over(tmp_path, mon
         os.utime(path, (0, 0))
     whole = getattr(Path, when)
 
+    moved: list = []
+
     def renamed_first(self, **options):
-        if self == gone and gone.exists():
-            gone.rename(tmp_path / "a.safetensors")
+        if self == gone and not moved:
+            moved.append(shutil.move(gone, tmp_path / "a.safetensors"))
         return whole(self, **options)
 
     monkeypatch.setattr(Path, when, renamed_first)

@@ -3,6 +3,7 @@
 import dataclasses
 import signal
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,12 +137,12 @@ def test_an_interrupted_measurement_is_repeated_on_resuming(
 def test_there_are_no_half_written_previews(previewed, cache_folder, tmp_path, monkeypatch):
     run = train.begin(previewed, tmp_path, cache_folder)
 
-    def cut(picture, file, *_, **__):
-        with open(file, "wb") as handle:
-            handle.write(b"half")
+    def cut(path, content):
+        with open(path, "wb") as handle:
+            handle.write(content[:4])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Image.Image, "save", cut)
+    monkeypatch.setattr(Path, "write_bytes", cut)
     with pytest.raises(KeyboardInterrupt):
         run.validation.preview(0)
     assert not list((tmp_path / "previews").iterdir())

@@ -37,7 +37,8 @@ def parameters(book) -> dict:
 
 def test_there_are_the_five_with_one_head_and_one_end():
     assert sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb")) == list(embedded.NOTEBOOKS)
-    heads = [[(cell.cell_type, cell.source, cell.metadata) for cell in book.cells[3:8]] for book in BOOKS.values()]
+    heads = [[(cell.cell_type, cell.source.replace(", push_to=push_to", ""), cell.metadata) for cell in book.cells[3:8]]
+             for book in BOOKS.values()]  # two of them push
     assert all(head == heads[0] for head in heads) and "colab_setup.sh" in heads[0][0][1]
     assert "preflight.refuse" in heads[0][2][1] and "storage.places" in heads[0][4][1]
     ends = [book.cells[-1].source for book in BOOKS.values()]
@@ -114,7 +115,7 @@ def test_a_notebook_is_valid_and_holds_no_outputs(name):
     for cell in book.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None
-            assert len(cell.source.splitlines()) <= 20, cell.source
+            assert len(cell.source.splitlines()) <= (24 if "# @param" in cell.source else 20), cell.source
     assert "widgets" not in book.metadata
 
 
