@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -80,7 +81,7 @@ def _remove(path: Path, empty_first: bool = False) -> None:
 
 def find(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, found by name only, oldest first; `problem` says which can be used. No links."""
-    named = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdecimal()]
+    named = [p for p in Path(folder).glob("checkpoint-*") if re.fullmatch("0|[1-9][0-9]{0,8}", p.name[11:])]
     return sorted((p for p in named if p.is_dir() and not p.is_symlink()), key=step_of)
 
 
