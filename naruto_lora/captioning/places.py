@@ -10,9 +10,9 @@ from pathlib import Path
 
 from .. import files
 from ..reading import captions
+from ..reading.metadata import COLUMNS
 
 BESIDE = (".txt", ".caption", ".TXT")
-COLUMNS = ("text", "caption", "prompt")
 
 
 class Places:
