@@ -105,3 +105,18 @@ def _plain(value):
 
 def read_json(path: str | Path) -> dict:
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a JSON lines file; none if there is no file. Odd or incomplete lines are skipped."""
+    try:
+        lines = file.read_bytes().splitlines()  # only at \n and \r: text may contain other line breaks
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [row for row in rows if isinstance(row, dict)]

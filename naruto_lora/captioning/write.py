@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import data
 from ..progress import note
-from ..reading import captions, layout
+from ..reading import captions, layout, words
 from ..reading.report import Found
 from ..reading.style import without_style
 from . import captioners
@@ -116,7 +116,7 @@ def _is_due(example: data.Example, places: Places, mode: str, report: Report, pr
     if row and row["by"] == captions.YOU and row["here"]:
         report.yours += 1  # also where it is empty
         return False
-    if captions.is_empty(text):
+    if words.is_empty(text):
         if ours and ours["text"] and ours["by"] == report.captioner and ours.get("prefix", "") == prefix:
             places.write(example, ours["text"], ours["by"])  # its file is lost, or this is another machine
             report.earlier += 1

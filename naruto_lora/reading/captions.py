@@ -105,17 +105,12 @@ def apply(examples: list, dataset: str | Path, captioned: bool = True) -> list:
         if text is not None:
             known, example = example, replace(example, caption=text, wordless=not text.strip())
             example.__dict__["digest"] = known.digest  # not to be read again
-        elif not captioned and (isinstance(example.caption, Missing) or is_empty(example.caption)):
+        elif not captioned and (isinstance(example.caption, Missing) or words.is_empty(example.caption)):
             example = replace(example, caption="", wordless=True)
         elif isinstance(example.caption, Missing):
             raise ValueError(f"{example.caption.error}, or have it written: python -m naruto_lora caption '{dataset}'")
         found.append(example)
     return found
-
-
-def is_empty(caption: object) -> bool:
-    """Whether a caption is a text that shows nothing."""
-    return isinstance(caption, str) and words.is_empty(caption)
 
 
 def _key(line: dict) -> tuple[str, str]:
@@ -124,17 +119,7 @@ def _key(line: dict) -> tuple[str, str]:
 
 def _lines(file: Path) -> list[dict]:
     """The whole lines of a captions file; none if there is no file. A line that a kill cut short is left out."""
-    try:
-        lines = file.read_bytes().splitlines()  # only at \n and \r: text may contain other line breaks
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return [line for line in found if _is_whole(line)]
+    return [line for line in files.read_lines(file) if _is_whole(line)]
 
 
 def _is_whole(line: object) -> bool:

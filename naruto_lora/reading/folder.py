@@ -65,15 +65,11 @@ def _caption(file: Path, known: metadata.Metadata, texts: list[Path], found: Fou
             if not said:
                 raise
             found.leave("not in UTF-8", known.name(text))
-    (caption, where), *others = [one for one in said if not _says_nothing(one[0])] or said[:1] or [(None, "")]
+    (caption, where), *others = [one for one in said if not words.is_empty(one[0])] or said[:1] or [(None, "")]
     for other, place in others:
         if other != (caption.strip() if isinstance(caption, str) else caption):
             found.differ(where, place, known.name(file))
     return caption, where
-
-
-def _says_nothing(caption: Any) -> bool:
-    return isinstance(caption, str) and words.is_empty(caption)
 
 
 def _texts(files: list[Path]) -> dict[Path, list[Path]]:

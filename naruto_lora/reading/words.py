@@ -21,6 +21,6 @@ def read(file: Path) -> str:
     return text
 
 
-def is_empty(text: str) -> bool:
-    """Whether a text shows nothing."""
-    return all(unicodedata.category(letter) in EMPTY for letter in text)
+def is_empty(text: object) -> bool:
+    """Whether a caption is a text that shows nothing."""
+    return isinstance(text, str) and all(unicodedata.category(letter) in EMPTY for letter in text)

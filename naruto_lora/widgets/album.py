@@ -26,7 +26,7 @@ class Album:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         files.make_folder(self.folder)
-        self.sets = {row["id"]: row for row in read_lines(self.folder / "sets.jsonl") if self._is_complete(row)}
+        self.sets = {row["id"]: row for row in files.read_lines(self.folder / "sets.jsonl") if self._is_complete(row)}
         self.favourites = set(self._read_favourites())
 
     def _is_complete(self, row: dict) -> bool:
@@ -75,21 +75,6 @@ def _save(picture: Image.Image, path: Path) -> None:
         gallery.save(picture, path)
     else:
         files.replace(path, lambda temporary: picture.save(temporary, "PNG"))
-
-
-def read_lines(file: Path) -> list[dict]:
-    """The objects of a JSON lines file; none if there is no file. Odd or incomplete lines are skipped."""
-    try:
-        lines = file.read_bytes().splitlines()  # only at \n and \r: text may contain other line breaks
-    except FileNotFoundError:
-        return []
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def append_line(file: Path, row: dict) -> None:

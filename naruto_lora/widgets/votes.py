@@ -10,8 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from .. import files
+from ..files import read_lines
 from ..measure import metrics
-from .album import append_line, read_lines
+from .album import append_line
 
 EQUAL = "can't tell"
 
